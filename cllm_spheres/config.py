@@ -1,0 +1,157 @@
+"""Options from defaults, preset, file and command line -> one validated `Config`.
+
+A later source wins: defaults < preset < `--config FILE.toml` < command line. `None` means "decided when the run
+is planned", from the preset, the data and the machine (training/plan.py); config.toml of a run holds the result.
+The text of a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cllm_spheres.errors import InputError, nearest
+
+MAX_SPHERES = 156  # 12 + 144 places around Node Zero
+
+
+class Config(BaseModel):
+    """Everything that describes a run. Counts are in the unit their help names."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    preset: str | None = Field(None, description="A named size: minimal, tiny, small, medium, large, gpt2.")
+
+    workers: int | None = Field(None, ge=1, le=MAX_SPHERES, description="Worker processes. Default: the physical cores this process may use.")  # fmt: skip
+    spheres: int | None = Field(None, ge=1, le=MAX_SPHERES, description="Logical workers; each owns a shard of every batch. The bits depend on this, not on --workers. Default: the preset's.")  # fmt: skip
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; the horizon of the schedule.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training text, instead of --steps.")
+    batch_size: int | None = Field(None, ge=1, description="Sequences in a batch.")
+    block_size: int = Field(64, ge=1, description="Tokens in a sequence: the context length.")
+
+    layers: int = Field(4, ge=1, description="Transformer blocks.")
+    heads: int = Field(4, ge=1, description="Attention heads; they divide the width.")
+    width: int = Field(128, ge=1, description="Channels of the residual stream.")
+    ff_width: int | None = Field(None, ge=1, description="Channels of the feed-forward layer. Default: 4 x width.")  # fmt: skip
+    bias: bool = Field(True, description="Biases in linear layers and layer norms, as GPT-2 has them.")
+
+    tokenizer: Literal["byte", "char", "word", "bpe"] = Field("bpe", description="How raw text becomes tokens: byte, char, word or bpe.")  # fmt: skip
+    vocab_size: int | None = Field(None, ge=1, description="Vocabulary for bpe and word. Default: the preset's.")  # fmt: skip
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum (--beta1).")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    min_lr: float | None = Field(None, ge=0, description="Learning rate at the end. Default: a tenth of --lr.")
+    warmup: int | None = Field(None, ge=0, description="Steps of linear warm-up. Default: a tenth of the steps, at most 100.")  # fmt: skip
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="Learning rate after warm-up: cosine, linear, constant, or wsd (stable, then a linear decay over the last fifth).")  # fmt: skip
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment; the momentum of sgd.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
+    clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; 0 or 'none' is off.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped while training.")
+    dtype: Literal["fp32"] = Field("fp32", description="Arithmetic of the kernels.")
+    seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")  # fmt: skip
+
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations. Default: an eighth of the run, at most 250.")  # fmt: skip
+    eval_tokens: int | None = Field(None, ge=1, description="Validation tokens for one evaluation, at pinned places. Default: 32 batches.")  # fmt: skip
+    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: --eval-every.")
+    keep: int = Field(3, ge=1, description="Checkpoints kept besides the best.")
+    stop_at: int | None = Field(None, ge=1, description="Save and end after this step; the schedule stays.")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite gradient does: stop the run, or skip the step.")  # fmt: skip
+
+
+# A preset is only its differences. S1 to S5 of the benchmarks are tiny to gpt2.
+PRESETS: dict[str, dict[str, Any]] = {
+    "minimal": dict(layers=1, heads=1, width=32, block_size=8, batch_size=2, spheres=2, workers=2, epochs=2,
+                    tokenizer="byte", vocab_size=257, lr=1e-2),
+    "tiny": dict(layers=2, heads=4, width=64, ff_width=128, block_size=16, batch_size=4, spheres=4,
+                 vocab_size=381, steps=5000),
+    "small": dict(batch_size=12, spheres=12, vocab_size=1024, steps=2000),
+    "medium": dict(layers=6, heads=8, width=256, block_size=128, batch_size=16, spheres=12, vocab_size=4096,
+                   steps=2000),
+    "large": dict(layers=6, heads=6, width=384, block_size=256, batch_size=16, spheres=12, vocab_size=8192,
+                  steps=5000, lr=6e-4),
+    "gpt2": dict(layers=12, heads=12, width=768, block_size=256, batch_size=4, spheres=4, vocab_size=50304,
+                 steps=10000, lr=6e-4, beta2=0.95),
+}  # fmt: skip
+DEFAULT_PRESET = "small"
+
+
+def preset_values(name: str | None) -> dict[str, Any]:
+    """The differences of a preset; InputError names the nearest known one."""
+    name = name or DEFAULT_PRESET
+    if name not in PRESETS:
+        raise InputError(f"There is no preset {name!r}: {nearest(name, PRESETS)}")
+    return {"preset": name, **PRESETS[name]}
+
+
+def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[str]]:
+    """Defaults, preset, file and `given` options -> a Config, and the names the user set himself.
+
+    Given None values are ignored. Raises InputError for unknown keys and values out of range.
+    """
+    chosen = read_toml(file) if file else {}
+    chosen |= {key: value for key, value in given.items() if value is not None}
+    for key in chosen:
+        if key not in Config.model_fields:
+            raise InputError(f"There is no option {key!r}{f' in {file}' if file else ''}: {nearest(key, Config.model_fields)}")
+    if chosen.get("steps") is not None and chosen.get("epochs") is not None:
+        raise InputError(f"Both steps ({chosen['steps']}) and epochs ({chosen['epochs']}) were given: give one of them.")
+    values = preset_values(chosen.get("preset"))
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if chosen.get(one) is not None:
+            values.pop(other, None)
+    return build(values | chosen), set(chosen)
+
+
+def build(values: dict[str, Any]) -> Config:
+    """Validated Config; a pydantic error becomes one InputError line an option."""
+    values = dict(values)
+    if values.get("clip") in (0, "none"):
+        values["clip"] = None
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                lines.append(f"There is no option {name!r}: {nearest(name, Config.model_fields)}")
+            elif item["type"] == "literal_error":
+                words = item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+                lines.append(f"{flag(name)} cannot be {item['input']!r}: {nearest(str(item['input']), words)}")
+            else:
+                lines.append(f"{flag(name)} {item['input']!r}: {item['msg'].lower()}")
+        raise InputError("\n".join(lines)) from None
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a flat TOML file; "clip = 0" means off. InputError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from None
+
+
+def to_toml(config: Config, extra: dict[str, Any] | None = None) -> str:
+    """The resolved configuration as flat TOML, each key under its help; `extra` keys come first."""
+    lines = ["# The resolved configuration of this run. The same bits need the same spheres and batch_size."]
+    for key, value in (extra or {}).items():
+        lines.append(f"{key} = {json.dumps(value)}")
+    for key, field in Config.model_fields.items():
+        value = getattr(config, key)
+        if value is None:
+            lines += ["", f"# {field.description}", f"# {key} is off"]
+        else:
+            lines += ["", f"# {field.description}", f"{key} = {json.dumps(value)}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,101 @@
+"""The records of a run -> lines of metrics.jsonl, and back.
+
+metrics.jsonl is the only thing that the dashboard, `watch` and scripts read. One JSON object a line:
+
+    kind "step"     step, loss, lr, grad_norm, clipped_norm, tokens, total_tokens, time, seconds, tokens_per_s,
+                    compute_s, waiting_s, gather_s, update_s, other_s
+    kind "eval"     step, val_loss, perplexity, bits_per_byte (null for `word`), unigram_loss, bigram_loss,
+                    tokens, time, seconds
+    kind "spheres"  step, time, worker, throughput, waiting, state, memory: lists indexed by sphere;
+                    cpu_percent (of the whole run, 100 is one core), memory_bytes (of the whole run)
+    kind "event"    event, step, time, message; and fields of its own
+
+`time` is Unix time in seconds, `seconds` and `..._s` are durations. `step` counts updates: step 1 is the
+first. A value that is not finite is written as null, so that every JSON reader can read the file. Floats are
+written so that they read back as the same bits. A torn last line is ignored; the last object of a step wins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+# The names of events, in the order in which a run usually meets them.
+EVENTS = (
+    "start",  # workers, spheres, batch_size, block_size, steps, num_parameters, run, cores, pinned, config
+    "ready",  # seconds: what starting took
+    "eta",  # seconds: what the run will take, from a rehearsal of one shard
+    "resume",  # from_step
+    "replan",  # steps
+    "fingerprint",  # differences: what differs from the run's first numerics
+    "skip",  # a step whose gradient was not finite, under --on-nonfinite skip
+    "saved",  # path, seconds
+    "best",  # val_loss, path
+    "turned_up",  # validation loss has risen: best_step, best_loss
+    "stopping",  # signal
+    "failed",  # error
+    "end",  # reason: "done", "stop_at", "signal"; path of the last checkpoint
+)
+
+
+def dumps(record: Record) -> str:
+    """One line of metrics.jsonl, without the newline."""
+    try:
+        return json.dumps(record, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        return json.dumps(_finite(record), allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def event(name: str, message: str, *, step: int, time: float, **fields: Any) -> Record:
+    """An event record; `message` is a sentence for people."""
+    assert name in EVENTS, name
+    return {"kind": "event", "event": name, "step": step, "time": time, "message": message, **fields}
+
+
+class Tail:
+    """Reads a growing metrics.jsonl: each call of `read` returns the records that were completed since."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def read(self) -> list[Record]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        return list(_parse(data[:end]))
+
+
+def read(path: Path) -> list[Record]:
+    """All whole records of a metrics.jsonl; a torn or broken line is left out."""
+    return Tail(path).read()
+
+
+def _parse(data: bytes) -> Iterator[Record]:
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            yield record
