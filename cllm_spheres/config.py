@@ -151,7 +151,7 @@ def to_toml(config: Config, extra: dict[str, Any] | None = None) -> str:
     for key, field in Config.model_fields.items():
         value = getattr(config, key)
         if value is None:
-            lines += ["", f"# {field.description}", f"# {key} is off"]
+            lines += ["", f"# {field.description}", "clip = 0" if key == "clip" else f"# {key} is off"]
         else:
             lines += ["", f"# {field.description}", f"{key} = {json.dumps(value)}"]
     return "\n".join(lines) + "\n"

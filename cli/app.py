@@ -1,0 +1,34 @@
+"""argv -> one command. Each command stands in a module of its own, named like it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cllm_spheres.errors import SpheresError
+from cllm_spheres_cli.data import data
+from cllm_spheres_cli.generate import generate
+from cllm_spheres_cli.prepare import prepare
+from cllm_spheres_cli.train import train
+from cllm_spheres_cli.watch import watch
+
+app = typer.Typer(
+    name="cllm-spheres",
+    help="Train a small GPT on your own text, on every core of a CPU server, and let it write.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, watch, generate, prepare, data):
+    app.command()(command)
+
+
+def run() -> None:
+    """The console script: 0, 1 for a failed run, 2 for bad input, 128 + signal for an interrupted run."""
+    try:
+        app()
+    except SpheresError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
