@@ -1,0 +1,1 @@
+"""The mathematics under everything: functions, random numbers, and how they are compiled."""

@@ -1,0 +1,125 @@
+"""A Python function -> machine code, cached in a folder that knows what it was made from.
+
+numba's cache looks only at the file of the outer function: a change in an imported helper would run old code.
+So the folder's name is a hash of every source file that may be compiled, of the versions of numba and llvmlite
+and of the CPU's features: whatever changes bits changes the folder.
+
+Flags. `contract` (fused multiply-add) is allowed everywhere, `reassoc` only in `reduction`s over a length that
+the caller fixes. Never `nnan` or `ninf`: with them NaN tests are deleted. `error_model="numpy"` removes the
+divide-by-zero check that stops vectorisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from numba import types
+
+PACKAGE = Path(__file__).resolve().parent.parent
+COMPILED_FOLDERS = ("crystal", "kernels", "model", "spheres", "text")  # the folders that hold jitted code
+OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
+
+
+def cpu_name() -> str:
+    """LLVM's name of this CPU, such as sapphirerapids."""
+    return str(llvm.get_host_cpu_name())
+
+
+def cpu_features() -> str:
+    """LLVM's list of what this CPU can do, as one string."""
+    return str(llvm.get_host_cpu_features().flatten())
+
+
+def source_hash() -> str:
+    """sha256 over the names and contents of all sources that may be compiled."""
+    digest = hashlib.sha256()
+    for folder in COMPILED_FOLDERS:
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    key = [source_hash(), numba.__version__, llvmlite.__version__, np.__version__, sys.version, cpu_name(), cpu_features()]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for root in (Path(base) / "cllm-spheres", Path(tempfile.gettempdir()) / f"cllm-spheres-{os.getuid()}"):
+        folder = root / "kernels" / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
+    return Path(tempfile.mkdtemp(prefix="cllm-spheres-"))
+
+
+CACHE_FOLDER = _cache_folder()
+
+
+def is_cold() -> bool:
+    """True where the kernels have not been compiled on this machine yet (it takes about half a minute)."""
+    return not (CACHE_FOLDER / "complete").exists()
+
+
+def mark_warm() -> None:
+    """Remember that every kernel has been compiled into the cache."""
+    (CACHE_FOLDER / "complete").touch()
+
+
+def _decorate(decorator: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Any], Any]:
+    """`decorator` with our cache folder, leaving the user's own numba configuration as it was."""
+
+    def apply(function: Any) -> Any:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(CACHE_FOLDER)
+        try:
+            return decorator(*arguments, **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return apply
+
+
+def kernel(function: Any) -> Any:
+    """Jit with fused multiply-adds, without the GIL."""
+    return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract"})(function)
+
+
+def reduction(function: Any) -> Any:
+    """Jit a sum over a fixed length: the compiler may order its terms to fill the vector lanes."""
+    return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract", "reassoc"})(function)
+
+
+class Entry:
+    """A phase's one machine code: compiled once with one signature, called by address from everywhere.
+
+    `call` is for Python (it releases the GIL), `external` for jitted code, where it is never inlined: numba would
+    vectorise it anew in each caller and change its bits.
+    """
+
+    def __init__(self, function: Any, signature: Any) -> None:
+        compiled = _decorate(numba.cfunc, signature, **OPTIONS, fastmath={"contract"})(function)
+        symbol = f"cllm_spheres_{function.__name__}"
+        llvm.add_symbol(symbol, compiled.address)
+        self._keep = compiled
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.call: Callable[..., Any] = compiled.ctypes
+        self.external = types.ExternalFunction(symbol, signature)
+
+
+def entry(signature: Any) -> Callable[[Any], Entry]:
+    """Decorator: the function becomes an `Entry`; its arguments are int64 (addresses too) and float64."""
+    return lambda function: Entry(function, signature)

@@ -1,0 +1,78 @@
+"""(seed, step, corpus) -> the windows of that step's batch: a pure function, without memory.
+
+An epoch cuts the corpus into num_tokens // block_size windows, from an offset that the epoch draws, and visits
+each once, in an order that the epoch draws too. The corpus is a ring: its last window goes on at its beginning,
+behind the end-of-text token. The sequences of all batches are numbered through: batch b of step n (from 0) is
+sequence n * batch_size + b, which may already belong to the next epoch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.random import PURPOSE_OFFSET, PURPOSE_ORDER, below, key_of, permuted
+
+
+@intrinsic
+def pointer(typing_context, address):
+    """An address as a pointer that carray takes."""
+    return types.voidptr(types.int64), lambda c, b, s, a: b.inttoptr(a[0], cgutils.voidptr_t)
+
+
+@kernel
+def window_start(seed, sequence, num_tokens, block_size):
+    """Where the window of a sequence (counted from the run's beginning) starts in the corpus."""
+    num_windows = num_tokens // block_size
+    epoch = sequence // num_windows
+    order = permuted(key_of(seed, PURPOSE_ORDER, epoch), sequence % num_windows, num_windows)
+    offset = below(key_of(seed, PURPOSE_OFFSET, epoch), 0, num_tokens)
+    return (offset + order * block_size) % num_tokens
+
+
+@kernel
+def read_window(corpus_address, item_bytes, num_tokens, start, inputs_T, targets_T):
+    """inputs_T, targets_T = the tokens from `start` on, and the same one later; the corpus is a ring.
+
+    corpus_address: num_tokens little-endian uint16 or uint32, as item_bytes (2 or 4) says. Outputs are int32.
+    """
+    length = inputs_T.size
+    at = start
+    if item_bytes == 2:
+        ids = carray(pointer(corpus_address), num_tokens, np.uint16)
+        for t in range(length):
+            inputs_T[t] = ids[at]
+            at = at + 1 if at + 1 < num_tokens else 0
+            targets_T[t] = ids[at]
+    else:
+        wide_ids = carray(pointer(corpus_address), num_tokens, np.uint32)
+        for t in range(length):
+            inputs_T[t] = np.int32(wide_ids[at])
+            at = at + 1 if at + 1 < num_tokens else 0
+            targets_T[t] = np.int32(wide_ids[at])
+
+
+def evaluation_windows(num_tokens: int, block_size: int, eval_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pinned windows (starts, lengths; int64) of at most about eval_tokens predicted tokens.
+
+    Where the whole validation part fits, it is all of it, the last window shorter; else whole windows evenly
+    spread over it. A window of length T predicts T tokens and needs T + 1.
+    """
+    predictable = num_tokens - 1
+    if eval_tokens >= predictable:
+        starts = np.arange(0, predictable, block_size, dtype=np.int64)
+        return starts, np.minimum(block_size, predictable - starts)
+    count = max(1, eval_tokens // block_size)
+    whole = predictable // block_size
+    starts = (np.arange(count, dtype=np.int64) * whole // count) * block_size
+    return starts, np.full(count, block_size, np.int64)
+
+
+def shard_bounds(batch_size: int, num_spheres: int) -> list[tuple[int, int]]:
+    """The contiguous run [first, last) of a batch's sequences that each sphere owns; the first get one more."""
+    each, more = divmod(batch_size, num_spheres)
+    ends = [each * (s + 1) + min(s + 1, more) for s in range(num_spheres)]
+    return [(end - each - (s < more), end) for s, end in enumerate(ends)]
