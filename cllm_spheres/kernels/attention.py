@@ -26,10 +26,13 @@ def scratch_floats(length: int) -> int:
 
 
 @kernel
-def attention_forward(qkv_N3C, length, heads, key, threshold, keep_scale, scratch, out_NC, lse_BHT):
+def attention_forward(
+    qkv_N3C, length, heads, key, first_sequence, threshold, keep_scale, scratch, out_NC, lse_BHT
+):
     """out = softmax(q k^T / sqrt(D)) v; overwrites out and lse_BHT, the log-sum-exp of each row of scores.
 
-    key, threshold, keep_scale: dropout of the probabilities (threshold 0 is off).
+    key, first_sequence (the number of sequence 0 in the whole batch), threshold, keep_scale: dropout of the
+    probabilities (threshold 0 is off).
     """
     width = out_NC.shape[1]
     d, wide = width // heads, 3 * width
@@ -40,7 +43,7 @@ def attention_forward(qkv_N3C, length, heads, key, threshold, keep_scale, scratc
             q = qkv_N3C.ctypes.data + 4 * (b * length * wide + h * d)
             out = out_NC.ctypes.data + 4 * (b * length * width + h * d)
             lse_T = lse_BHT[(b * heads + h) * length : (b * heads + h + 1) * length]
-            head_key = combine(key, b * heads + h)
+            head_key = combine(combine(key, first_sequence + b), h)
             for first in range(0, length, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, length)
                 rows = last - first
@@ -71,7 +74,7 @@ def _score_gradients(p, dp, lse, delta, scale, n):
 
 @kernel
 def attention_backward(
-    dout_NC, qkv_N3C, out_NC, lse_BHT, length, heads, key, threshold, keep_scale, scratch, dqkv_N3C
+    dout_NC, qkv_N3C, out_NC, lse_BHT, length, heads, key, first_sequence, threshold, keep_scale, scratch, dqkv_N3C
 ):
     """dqkv_N3C from dout and what the forward left; overwrites dqkv.
 
@@ -90,7 +93,7 @@ def attention_backward(
             k, v, dk, dv = q + 4 * width, q + 8 * width, dq + 4 * width, dq + 8 * width
             dout = dout_NC.ctypes.data + 4 * (b * length * width + h * d)
             lse_T = lse_BHT[(b * heads + h) * length : (b * heads + h + 1) * length]
-            head_key = combine(key, b * heads + h)
+            head_key = combine(combine(key, first_sequence + b), h)
             # From the last block to the first: the last sees all keys and so overwrites all of dk and dv.
             for block in range((length - 1) // QUERY_BLOCK, -1, -1):
                 first = block * QUERY_BLOCK

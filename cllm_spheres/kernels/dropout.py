@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.random import combine
 
 u4 = np.uint32
 _M1, _M2 = u4(0x7FEB352D), u4(0x846CA68B)
@@ -38,3 +39,12 @@ def dropout(x_N, first_index, key, threshold, scale):
     low, high = u4(key & np.uint64(0xFFFFFFFF)), u4(key >> np.uint64(32))
     for i in range(x_N.size):
         x_N[i] = x_N[i] * scale if keeps(low, high, first_index + i, threshold) else np.float32(0)
+
+
+@kernel
+def dropout_sequences(x_NC, length, key, first_sequence, threshold, scale):
+    """Dropout in place over whole sequences, row n belonging to sequence first_sequence + n // length."""
+    width = x_NC.shape[1]
+    for n in range(x_NC.shape[0]):
+        sequence, t = n // length, n % length
+        dropout(x_NC[n], t * width, combine(key, first_sequence + sequence), threshold, scale)

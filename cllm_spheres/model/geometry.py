@@ -1,0 +1,87 @@
+"""Layout, block size and dropout -> one array of int64 that tells the kernels where everything lies.
+
+The activations live in one arena of float32, sized once: a part for each layer, which the backward reads again,
+and a part that all layers share. Offsets are in floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cllm_spheres.kernels.attention import scratch_floats
+from cllm_spheres.model.layout import ALIGN, LAYER_TENSORS, Layout
+
+# Scalars, then offsets into the parameters, then offsets into a layer's part of the arena, then into the shared
+# part, then twelve parameter offsets a layer.
+FIELDS = (
+    "vocab_size", "block_size", "layers", "heads", "width", "ff_width", "sequences", "head_rows", "threshold",
+    "wte", "wpe", "lnf_gain", "lnf_bias",
+    "layer_floats", "x", "ln1", "qkv", "lse", "att", "mid", "ln2", "up", "act", "stats",
+    "x_last", "lnf", "lnf_stats", "logits", "dx", "dt", "datt", "dqkv", "dact", "scratch", "arena_floats",
+)  # fmt: skip
+(
+    VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, HEAD_ROWS, THRESHOLD,
+    WTE, WPE, LNF_GAIN, LNF_BIAS,
+    LAYER_FLOATS, X, LN1, QKV, LSE, ATT, MID, LN2, UP, ACT, STATS,
+    X_LAST, LNF, LNF_STATS, LOGITS, DX, DT, DATT, DQKV, DACT, SCRATCH, ARENA_FLOATS,
+) = range(len(FIELDS))  # fmt: skip
+LAYER_OFFSETS = len(FIELDS)
+
+ROWS_AT_A_TIME = 256  # tokens: as fast as larger groups (measured within 4 %), and the arena stays in cache
+LOGITS_FLOATS = 1 << 20  # of one chunk of the head: 4 MB
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """`array` is what the kernels take; `arena_floats` is the size of the workspace they need."""
+
+    array: np.ndarray
+    arena_floats: int
+
+
+def sequences_at_a_time(block_size: int) -> int:
+    """How many sequences of a shard are computed together: a function of the shape alone."""
+    return max(1, ROWS_AT_A_TIME // block_size)
+
+
+def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geometry:
+    """largest_shard: sequences; no more are ever computed together, which keeps the arena small."""
+    s = layout.shape
+    c, f, v = s.width, s.ff_width, s.vocab_size
+    sequences = min(sequences_at_a_time(s.block_size), largest_shard)
+    n = sequences * s.block_size
+    head_rows = min(n, max(16, LOGITS_FLOATS // v))
+    values: dict[str, int] = dict(
+        vocab_size=v, block_size=s.block_size, layers=s.layers, heads=s.heads, width=c, ff_width=f,
+        sequences=sequences, head_rows=head_rows, threshold=round(dropout * 2**32),
+        wte=layout.offset_of("wte.weight"), wpe=layout.offset_of("wpe.weight"),
+        lnf_gain=layout.offset_of("ln_f.weight"), lnf_bias=layout.offset_of("ln_f.bias"),
+    )  # fmt: skip
+
+    def place(sizes: dict[str, int], start: int) -> int:
+        for name, size in sizes.items():
+            values[name] = start
+            start += -(-size // ALIGN) * ALIGN
+        return start
+
+    one_layer = place(
+        dict(x=n * c, ln1=n * c, qkv=n * 3 * c, lse=sequences * s.heads * s.block_size, att=n * c,
+             mid=n * c, ln2=n * c, up=n * f, act=n * f, stats=4 * n), 0,
+    )  # fmt: skip
+    values["layer_floats"] = one_layer
+    values["arena_floats"] = place(
+        dict(x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=head_rows * v, dx=n * c, dt=n * c, datt=n * c,
+             dqkv=n * 3 * c, dact=n * f, scratch=scratch_floats(s.block_size)), s.layers * one_layer,
+    )  # fmt: skip
+    offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
+    array = np.array([values[name] for name in FIELDS] + offsets, np.int64)
+    return Geometry(array, values["arena_floats"])
+
+
+def new_arena(floats: int) -> np.ndarray:
+    """An arena aligned to a cache line; its pages are taken as they are first written."""
+    buffer = np.empty(floats + ALIGN, np.float32)
+    start = -(buffer.ctypes.data // 4) % ALIGN
+    return buffer[start : start + floats]
