@@ -1,0 +1,41 @@
+"""`cllm-spheres watch RUN`: the dashboard of a run that goes on in another terminal, or has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture of the dashboard to this file, and leave.", show_default=False),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and leave.")] = False,
+    width: Annotated[int, typer.Option(min=40, max=400, help="Columns of the picture.")] = 120,
+    height: Annotated[int, typer.Option(min=12, max=200, help="Lines of the picture.")] = 40,
+) -> None:
+    """Show how a run is going: in another terminal while it trains, or after it has ended.
+
+    Ctrl+C leaves; the run goes on.
+    """
+    from cllm_spheres.watch import dashboard
+    from cllm_spheres.watch.follow import Follower, find_run, follow
+
+    find_run(run)
+    if svg is not None:
+        dashboard.svg(run, svg, width, height)
+        typer.echo(f"Wrote {svg}.")
+        return
+    try:
+        if once:
+            with Follower(run, plain=plain or None):
+                pass
+        else:
+            follow(run, plain=plain or None, alive=lambda: True)
+    except KeyboardInterrupt:
+        pass

@@ -1,0 +1,1 @@
+"""metrics.jsonl of a run -> what a person sees: a live dashboard, plain lines, a picture."""

@@ -1,0 +1,120 @@
+"""A `RunView` -> the framed numbers of the dashboard, with small curves where there is room."""
+
+from __future__ import annotations
+
+from rich.style import Style
+
+from cllm_spheres.watch.paint import (
+    ACCENT,
+    DIM,
+    FAINT,
+    INK,
+    STRONG,
+    TITLE,
+    WARM,
+    Line,
+    box,
+    clean,
+    compact,
+    fixed,
+    rate,
+    seg,
+    size,
+    spread,
+)
+from cllm_spheres.watch.plot import spark
+from cllm_spheres.watch.records import number
+from cllm_spheres.watch.series import Series
+from cllm_spheres.watch.view import RunView
+
+
+class _Rows:
+    """Lines of a name, a value, something beside it, and a small curve."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.wide = width >= 34
+        self.lines: list[Line] = []
+
+    def add(
+        self, name: str, value: str, beside: str = "", series: Series | None = None, style: Style = STRONG
+    ) -> None:
+        line = [seg(name.ljust(12 if self.wide else 8), DIM), seg(value, style)]
+        line.append(seg(f"  {beside}" if beside else "", DIM))
+        curve = spark(series.points(), 12) if series is not None and self.width >= 42 else ""
+        self.lines.append(spread(line, [seg(curve, FAINT)], self.width))
+
+    def gap(self) -> None:
+        self.lines.append([])
+
+
+def panel(view: RunView, width: int, height: int) -> list[Line]:
+    """The numbers in a frame of width x height."""
+    room = height - 2
+    rows = _Rows(width - 4)
+    gaps = room >= 12
+    _losses(view, rows)
+    if gaps:
+        rows.gap()
+    _pace(view, rows)
+    if gaps:
+        rows.gap()
+    _machine(view, rows)
+    if rows.wide and room >= len(rows.lines) + 4:
+        rows.gap()
+        _setting(view, rows)
+    return box([seg("now", TITLE)], rows.lines, width, height)
+
+
+def _losses(view: RunView, rows: _Rows) -> None:
+    wide, evaluation, best = rows.wide, view.eval, view.best
+    smooth = view.loss.smoothed()
+    mean = f"mean {fixed(smooth[-1][1])}" if smooth else ""
+    rows.add("training" if wide else "train", fixed(number(view.step, "loss")), mean, view.loss, ACCENT)
+    at = number(evaluation, "step")
+    when = f"at {at:,.0f}" if at is not None else ""
+    rows.add("validation" if wide else "val", fixed(number(evaluation, "val_loss")), when, view.val, WARM)
+    rows.add("best", fixed(best[1] if best else None), f"at {best[0]:,}" if best else "")
+    perplexity = number(evaluation, "perplexity")
+    shown = "" if perplexity is None else f"{perplexity:.1f}" if perplexity < 1000 else compact(perplexity)
+    bits = fixed(number(evaluation, "bits_per_byte"), 3)
+    rows.add(
+        "bits/byte" if wide else "bits/B", bits, f"{'perplexity' if wide else 'ppl'} {shown}" if shown else ""
+    )
+    unigram, bigram = (fixed(number(evaluation, f"{name}_loss"), 3) for name in ("unigram", "bigram"))
+    rows.add("unigram" if wide else "uni/bi", unigram, f"{'bigram ' if wide else ''}{bigram}", style=INK)
+
+
+def _pace(view: RunView, rows: _Rows) -> None:
+    wide, step = rows.wide, view.step
+    rows.add("learn rate" if wide else "lr", rate(number(step, "lr")), "", view.lr)
+    before, after = number(step, "grad_norm"), number(step, "clipped_norm")
+    clipped = before is not None and after is not None and after < before * 0.9995
+    beside = f"{'clipped' if wide else '→'} {fixed(after, 3)}" if clipped else ""
+    rows.add("gradient" if wide else "norm", fixed(before, 3), beside, view.norm)
+    mean = f"mean {compact(view.mean_tokens_per_s)}"
+    rows.add("tokens/s" if wide else "tok/s", compact(view.tokens_per_s), mean, view.speed)
+
+
+def _machine(view: RunView, rows: _Rows) -> None:
+    spheres, cores = view.spheres, number(view.facts, "cores")
+    cpu = spheres.cpu_percent if spheres else None
+    memory = size(spheres.memory_bytes if spheres else None)
+    shown = "–" if cpu is None else f"{cpu:.0f} %"
+    if rows.wide:
+        rows.add("cpu", shown, f"of {cores:.0f} cores" if cores and cpu is not None else "")
+        rows.add("memory", memory)
+    else:
+        rows.add("cpu", shown, memory)
+
+
+def _setting(view: RunView, rows: _Rows) -> None:
+    facts = {key: clean(str(value)) for key, value in view.facts.items()}
+    if {"layers", "width", "heads"} <= facts.keys():
+        rows.add(
+            "model", f"{facts['layers']} layers", f"width {facts['width']}, {facts['heads']} heads", style=INK
+        )
+    if {"batch_size", "block_size"} <= facts.keys():
+        rows.add("batch", f"{facts['batch_size']} × {facts['block_size']}", "tokens", style=INK)
+    if "optimizer" in facts:
+        rows.add("optimizer", facts["optimizer"], facts.get("schedule", ""), style=INK)
