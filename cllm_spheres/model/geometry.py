@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cllm_spheres.kernels.attention import scratch_floats
-from cllm_spheres.model.layout import ALIGN, LAYER_TENSORS, Layout
+from cllm_spheres.kernels.sizes import ALIGN
+from cllm_spheres.model.layout import LAYER_TENSORS, Layout
 
 # Scalars, then offsets into the parameters, then offsets into a layer's part of the arena, then into the shared
 # part, then twelve parameter offsets a layer.

@@ -14,7 +14,8 @@ from numba import types
 from cllm_spheres.crystal.jit import entry
 from cllm_spheres.crystal.random import PURPOSE_WEIGHTS, key_of, normal
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers
-from cllm_spheres.model.layout import BLOCK, Layout
+from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.model.layout import Layout
 
 STANDARD_DEVIATION = 0.02
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-BLOCK = 4096  # parameters: the unit of gather, norm and update
-ALIGN = 16  # floats: one cache line
+from cllm_spheres.kernels.sizes import ALIGN, BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Worker processes over shared memory: places, barriers, phases, and Node Zero who commands them."""

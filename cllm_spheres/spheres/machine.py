@@ -1,0 +1,121 @@
+"""What this process may really use of the machine: cores and memory, with the limits of its control groups.
+
+psutil and os.cpu_count do not see cgroup limits; both versions of cgroups occur.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import psutil
+
+from cllm_spheres.errors import InputError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_platform() -> None:
+    """InputError where the futex calls and memory files that the spheres stand on do not exist."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise InputError(
+            f"Training runs on Linux with x86-64 or aarch64; this is {sys.platform} on {platform.machine()}."
+            " Run it in a Linux container or virtual machine."
+        )
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """The folders, own and above, that limit this process for a controller; version 2 first."""
+    folders = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        roots = [_CGROUP / controller] if controllers else [_CGROUP, _CGROUP / "unified"]
+        for root in roots:
+            folder = root / path.lstrip("/")
+            while True:
+                folders.append(folder)
+                if folder == root or root not in folder.parents:
+                    break
+                folder = folder.parent
+            folders.append(root)
+    return folders
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().split()[0]
+        return int(text)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def cpu_quota() -> float | None:
+    """Cores that the tightest cgroup quota allows; None without one."""
+    quotas = []
+    for folder in _cgroup_folders("cpu"):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                quotas.append(int(quota) / int(period))
+        except (OSError, ValueError):
+            pass
+        quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota_us and period_us and quota_us > 0:
+            quotas.append(quota_us / period_us)
+    return min(quotas, default=None)
+
+
+def usable_cores() -> list[int]:
+    """One logical CPU of each physical core that this process may use, cut to the cgroup quota; at least one."""
+    cores: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            siblings = str(cpu)
+        cores.setdefault(siblings, cpu)
+    quota = cpu_quota()
+    chosen = list(cores.values())
+    return chosen if quota is None else chosen[: max(1, int(quota))]
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken: what the kernel calls available, and what each cgroup limit leaves."""
+    available = [psutil.virtual_memory().available]
+    for folder in _cgroup_folders("memory"):
+        for limit, used, reclaimable in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None:
+                available.append(most - now + _statistic(folder / "memory.stat", reclaimable))
+    return max(0, min(available))
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            key, value = line.split()
+            if key == name:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def size(size_bytes: float) -> str:
+    """Bytes for people: 7.8 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 999.5:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"

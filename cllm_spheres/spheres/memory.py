@@ -1,0 +1,185 @@
+"""The sizes of a run -> one shared memory file, and where everything lies in it.
+
+The file is a memfd: it never appears in a folder, is passed on as a descriptor, and vanishes with its last holder.
+Each worker allocates its own ranges of it, so that exhaustion is an error and not a bus error.
+
+The control words are the only thing that more than one process writes; each has a cache line of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+
+LINE = 64  # bytes of a cache line
+PAGE = 4096
+
+# Control words, by line.
+(
+    COMMAND,  # futex: number of the current command
+    KIND,  # what to do
+    FIRST,  # steps: the first to do (they count from 1); evaluation: the first window
+    LAST,  # one past the last
+    ARRIVED,  # workers that have arrived at the current barrier
+    RELEASE,  # futex: number of barriers passed
+    ABORT,  # not 0: leave the command
+    STOP,  # not 0: no further step begins
+    GATE,  # the last step whose update was begun; -1 - step where Node Zero has closed it
+    DONE,  # the last whole step
+    APPLIED,  # updates applied: Adam's t, which skipped steps do not raise
+    HALT,  # why a command of steps ended early
+    BELL,  # futex: something happened that Node Zero wants to see
+    FINISHED,  # number of the last finished command
+    STEP_START,  # when the current step began, monotonic ns
+    LONG_TIMEOUT,  # seconds, ns: what a worker waits before it looks at ABORT again
+    SHORT_TIMEOUT,  # seconds, ns: how often Node Zero looks around
+    CLOCK,  # scratch of Node Zero's clock calls
+) = range(18)
+CONTROL_LINES = 32
+
+# Commands.
+INITIALISE, STEPS, EVALUATE, REHEARSE, EXIT = range(1, 6)
+# Reasons of HALT.
+HALT_STOP, HALT_NONFINITE = 1, 2
+
+# Words of a worker, two lines each.
+(
+    W_ARRIVED, W_STATE, W_COMPUTE_NS, W_WAIT_NS, W_GATHER_NS, W_UPDATE_NS, W_CLOCK, W_CLOCK_2,
+    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS,
+) = range(13)  # fmt: skip
+WORKER_WORDS = 16
+# States of a worker.
+STATES = ("starting", "idle", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
+S_STARTING, S_IDLE, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(8)
+
+# Words of a sphere, one line each.
+P_COMPLETE, P_LOSS, P_BUSY_NS, P_TOKENS = range(4)
+SPHERE_WORDS = 8
+
+# Words of a step's record in the ring.
+(
+    R_STEP, R_LOSS, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS, R_END_NS,
+    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM,
+) = range(14)  # fmt: skip
+RECORD_WORDS = 16
+RING = 4096  # steps that a command has at most
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how much memory a run shares; it travels to the workers as JSON."""
+
+    num_parameters: int  # padded, a multiple of BLOCK
+    num_spheres: int
+    num_workers: int
+    num_windows: int  # of an evaluation
+    has_squares: bool  # adamw keeps second moments, sgd does not
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Regions:
+    """Byte offsets of all regions in the shared file. Big ones begin at a page."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        blocks = sizes.num_parameters // BLOCK
+        flat = sizes.num_parameters * 4
+        end = 0
+
+        def place(size_bytes: int, unit: int = LINE) -> int:
+            nonlocal end
+            start = -(-end // unit) * unit
+            end = start + size_bytes
+            return start
+
+        self.control = place(CONTROL_LINES * LINE)
+        self.decision = place(LINE)
+        self.workers = place(sizes.num_workers * WORKER_WORDS * 8)
+        self.spheres = place(sizes.num_spheres * SPHERE_WORDS * 8)
+        self.ring = place(RING * RECORD_WORDS * 8)
+        self.rates = place(RING * 8)
+        self.window_starts = place(sizes.num_windows * 8)
+        self.window_lengths = place(sizes.num_windows * 8)
+        self.window_losses = place(sizes.num_windows * 8)
+        self.norms = place(blocks * 8)
+        self.slots = place(sizes.num_workers * SLOT_FLOATS * 4, PAGE)
+        self.params = place(flat, PAGE)
+        self.moments = place(flat, PAGE)
+        self.squares = place(flat if sizes.has_squares else 0, PAGE)
+        self.gradient = place(flat, PAGE)
+        self.segments = place(flat * sizes.num_spheres, PAGE)
+        self.stride = flat
+        self.total = place(0, PAGE)
+
+
+class SharedMemory:
+    """The mapped file. `words`, `floats`, `doubles` give numpy views, `address` what the kernels take."""
+
+    def __init__(self, sizes: Sizes, descriptor: int | None = None) -> None:
+        """Create the file, or map one that was inherited as a descriptor."""
+        self.regions = Regions(sizes)
+        self.sizes = sizes
+        if descriptor is None:
+            descriptor = os.memfd_create("cllm-spheres", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, self.regions.total)
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, self.regions.total, mmap.MAP_SHARED)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        self.address = int(self._bytes.ctypes.data)
+
+    def allocate(self, offset: int, size_bytes: int) -> None:
+        """Have the kernel provide a range now. OSError (ENOSPC, ENOMEM) where it cannot."""
+        if size_bytes > 0:
+            os.posix_fallocate(self.descriptor, offset, size_bytes)
+
+    def words(self, offset: int, count: int) -> np.ndarray:
+        return self._bytes[offset : offset + 8 * count].view(np.int64)
+
+    def doubles(self, offset: int, count: int) -> np.ndarray:
+        return self._bytes[offset : offset + 8 * count].view(np.float64)
+
+    def floats(self, offset: int, count: int) -> np.ndarray:
+        return self._bytes[offset : offset + 4 * count].view(np.float32)
+
+    def control(self, word: int) -> int:
+        """The address of a control word."""
+        return self.address + self.regions.control + word * LINE
+
+    @property
+    def params(self) -> np.ndarray:
+        return self.floats(self.regions.params, self.sizes.num_parameters)
+
+    @property
+    def moments(self) -> np.ndarray:
+        return self.floats(self.regions.moments, self.sizes.num_parameters)
+
+    @property
+    def squares(self) -> np.ndarray:
+        return self.floats(self.regions.squares, self.sizes.num_parameters if self.sizes.has_squares else 0)
+
+    def segment(self, sphere: int) -> np.ndarray:
+        return self.floats(self.regions.segments + sphere * self.regions.stride, self.sizes.num_parameters)
+
+    def worker_words(self) -> np.ndarray:
+        """int64 [workers, WORKER_WORDS]"""
+        count = self.sizes.num_workers
+        return self.words(self.regions.workers, count * WORKER_WORDS).reshape(count, WORKER_WORDS)
+
+    def sphere_words(self) -> np.ndarray:
+        """int64 [spheres, SPHERE_WORDS]"""
+        count = self.sizes.num_spheres
+        return self.words(self.regions.spheres, count * SPHERE_WORDS).reshape(count, SPHERE_WORDS)
+
+    def ring_words(self) -> np.ndarray:
+        """int64 [RING, RECORD_WORDS]; losses, norms and rates are float64 bits: see `ring_doubles`."""
+        return self.words(self.regions.ring, RING * RECORD_WORDS).reshape(RING, RECORD_WORDS)
+
+    def ring_doubles(self) -> np.ndarray:
+        return self.ring_words().view(np.float64)
