@@ -1,0 +1,1 @@
+"""Checkpoints on disk: atomic, verified, exact; and the lock of a run folder."""

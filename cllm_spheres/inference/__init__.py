@@ -1,0 +1,1 @@
+"""A checkpoint and a prompt -> text: cache, sampling, generation."""

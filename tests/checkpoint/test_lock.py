@@ -1,0 +1,106 @@
+"""One process at a time changes a run."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cllm_spheres.checkpoint.lock import lock
+from cllm_spheres.errors import InputError
+
+
+def hold(run):
+    """A forked child that holds the lock; returns its pid once it does."""
+    ready, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = lock(run)
+        os.write(say, b"x")
+        signal.pause()
+        held.release()
+        os._exit(0)
+    os.close(say)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    return child
+
+
+def test_a_second_run_into_one_folder_is_refused_and_told_the_pid(run):
+    with lock(run), pytest.raises(InputError, match=rf"A run is going on in {run} \(pid {os.getpid()}\)"):
+        lock(run)
+    lock(run).release()
+
+
+def test_a_killed_holder_leaves_no_lock(run):
+    child = hold(run)
+    with pytest.raises(InputError, match=f"pid {child}"):
+        lock(run)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock(run).release()
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
+    held = lock(run)
+    ready, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if closes:
+            os.close(held.fileno())
+        os.write(say, b"x")
+        signal.pause()
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(say)
+    try:
+        if closes:
+            with pytest.raises(InputError):  # closing in the child did not unlock
+                lock(run)
+        os.close(held._descriptor)  # as the end of this process would
+        held._descriptor = None
+        if closes:
+            lock(run).release()
+        else:
+            with pytest.raises(InputError):
+                lock(run)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_program_started_by_exec_does_not_keep_the_lock(run):
+    held = lock(run)
+    program = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        close_fds=False,
+    )
+    try:
+        program.stdout.readline()  # it has been started by now
+        os.close(held._descriptor)
+        held._descriptor = None
+        lock(run).release()
+    finally:
+        program.communicate(b"\n")
+
+
+def test_releasing_twice_does_nothing(run):
+    held = lock(run)
+    held.release()
+    held.release()
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "link"])
+def test_a_folder_that_cannot_be_locked_is_said_so(run, what):
+    if what == "missing":
+        run.rmdir()
+    elif what == "folder":
+        (run / "lock").mkdir()
+    else:
+        (run / "lock").symlink_to("lock")
+    with pytest.raises(InputError, match="Cannot lock the run"):
+        lock(run)
