@@ -1,0 +1,66 @@
+"""`cllm-spheres prepare`: text of any kind -> a prepared folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files and folders of text; none: the source text of Python's standard library.",
+            metavar="PATH...",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; a prepared folder there is replaced.")
+    ] = ...,  # type: ignore[assignment]
+    tokenizer: Annotated[str, typer.Option(help="byte, char, word or bpe.")] = "bpe",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Vocabulary of bpe (default 1024) or word (default: every word, at most 65,536)."),
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the text kept for validation.")] = 0.1,
+    processes: Annotated[
+        int | None, typer.Option(help="Default: every usable core. The output does not depend on it.")
+    ] = None,
+) -> None:
+    """Turn text into tokens on disk, for `cllm-spheres train DIR`.
+
+    Reads plain text in any common encoding, html, .jsonl with a "text", gz, and with the extra `documents` PDF and
+    DOCX. What each file is, its content decides. Files that are hidden, binary or duplicates are skipped and counted.
+    """
+    from cllm_spheres_cli.progress import interruptible, progress_of
+    from rich.console import Console
+
+    from cllm_spheres.text.files import describe_skipped
+    from cllm_spheres.text.prepare import prepare as prepare_text
+
+    console = Console()
+    with interruptible("Nothing was written."), progress_of(console) as progress:
+        prepared = prepare_text(
+            paths or None,
+            out,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            val_fraction=val_fraction,
+            processes=processes,
+            progress=progress,
+        )
+    manifest = prepared.manifest
+    console.print(
+        f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, {manifest['tokens']:,} tokens of "
+        f"{manifest['tokenizer']} (vocabulary {manifest['vocab_size']:,}, {manifest['bytes_per_token']:.2f} bytes a "
+        f"token), {manifest['val']['tokens']:,} of them for validation.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    skipped = describe_skipped(manifest["skipped"])
+    lines = [*manifest["notes"], *(["Skipped: " + ", ".join(skipped) + "."] if skipped else [])]
+    for line in [*lines, f"Next: cllm-spheres train {out}"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""Progress of preparing -> a bar with the remaining time on a terminal, else a few plain lines; and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from cllm_spheres.errors import Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NAMES = {"read": "Reading", "vocabulary": "Making the vocabulary", "tokens": "Encoding"}
+_PLAIN_EVERY_S = 10.0
+
+
+@contextlib.contextmanager
+def progress_of(console: Console) -> Iterator[Callable[[str, float, float], None]]:
+    """A callback (stage, done bytes, total bytes) that shows how far preparing is."""
+    if not console.is_terminal:
+        yield _Plain(console)
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(_NAMES.get(stage, stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+class _Plain:
+    """One line as a stage begins, then one every few seconds with the time that remains."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = ""
+        self._begin = self._last = 0.0
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._begin, self._last = stage, now, now
+            self._say(f"{_NAMES.get(stage, stage)}: {total / 1e6:,.1f} MB")
+        elif now - self._last >= _PLAIN_EVERY_S and 0 < done < total:
+            self._last = now
+            left_s = (now - self._begin) * (total - done) / done
+            self._say(f"{_NAMES.get(stage, stage)}: {done / total:.0%}, {left_s:,.0f} s left")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def interruptible(what: str) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP within become `Interrupted` with their exit code, after everything cleaned up."""
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}. {what}", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""Tasks -> their results in order, from clean worker processes.
+
+Workers are subprocesses that import only this package: nothing of the caller is forked or imported again, so it
+works without a main guard, from a REPL and from a notebook.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from cllm_spheres.errors import RunFailed
+from cllm_spheres.text.work import Task, run_task
+
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from cllm_spheres.text.work import main; main()"
+)
+_AHEAD = 4  # finished results a worker that wait for an earlier one: bounds the disk they take
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity and the limits of its cgroup (version 1 and 2)."""
+    cores = len(os.sched_getaffinity(0))
+    for path, period_path in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = Path(path).read_text().split()
+            if period_path:
+                words += Path(period_path).read_text().split()
+            if words[0] not in ("max", "-1"):
+                cores = min(cores, -(-int(words[0]) // int(words[1])))
+        except (OSError, ValueError, IndexError):
+            continue
+    return max(cores, 1)
+
+
+class Pool:
+    """A context manager of worker processes; with 0 processes the tasks run in this one."""
+
+    def __init__(self, processes: int) -> None:
+        self._workers = [_Worker(processes) for _ in range(processes)]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def map(self, tasks: Iterable[Task], report: Callable[[int], None] | None = None) -> Iterator[Task]:
+        """Results in the order of the tasks. RunFailed where a worker ends; `report` gets progress of tasks."""
+        if not self._workers:
+            for task in tasks:
+                yield run_task(task, report or (lambda done: None))
+            return
+        waiting = iter(tasks)
+        idle = deque(self._workers)
+        done: dict[int, Task] = {}
+        given, taken, exhausted = 0, 0, False
+        with selectors.DefaultSelector() as selector:
+            while True:
+                while idle and not exhausted and given < taken + _AHEAD * len(self._workers):
+                    task = next(waiting, None)
+                    if task is None:
+                        exhausted = True
+                        break
+                    worker = idle.popleft()
+                    worker.give(given, task)
+                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                    given += 1
+                while taken in done:
+                    yield done.pop(taken)
+                    taken += 1
+                if exhausted and taken == given:
+                    return
+                for key, _ in selector.select():
+                    worker = key.data
+                    for message in worker.receive():
+                        if "progress" in message:
+                            if report:
+                                report(message["progress"])
+                        else:
+                            done[worker.number] = message
+                            selector.unregister(worker.stdout)
+                            idle.append(worker)
+
+
+class _Worker:
+    def __init__(self, processes: int) -> None:
+        environment = os.environ | {"RAYON_NUM_THREADS": str(processes), "OPENBLAS_NUM_THREADS": "1"}
+        paths = [path or os.getcwd() for path in sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, json.dumps(paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self.stdout = self._process.stdin, self._process.stdout
+        self._rest = b""
+        self.number = -1
+
+    def give(self, number: int, task: Task) -> None:
+        self.number, self._task = number, task
+        try:
+            self._stdin.write(json.dumps(task).encode() + b"\n")
+            self._stdin.flush()
+        except OSError:
+            self._lost()
+
+    def receive(self) -> list[Task]:
+        data = os.read(self.stdout.fileno(), 1 << 16)
+        if not data:
+            self._lost()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def _lost(self) -> None:
+        code = self._process.wait(timeout=10)
+        files = [entry[0] for entry in self._task.get("files", [])]
+        where = (
+            f", reading {files[0]}" + (f" or one of {len(files) - 1} after it" * (len(files) > 1))
+            if files
+            else ""
+        )
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise RunFailed(
+            f"A preparing process (pid {self._process.pid}) ended by {how} in the step "
+            f"{self._task['do']!r}{where}. Often the machine ran out of memory: try --processes 1."
+        )
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+        for pipe in (self._stdin, self.stdout):
+            try:
+                pipe.close()
+            except OSError:
+                pass
