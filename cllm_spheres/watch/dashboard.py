@@ -16,12 +16,13 @@ from rich.segment import Segment
 
 from cllm_spheres.config import read_toml
 from cllm_spheres.errors import InputError
-from cllm_spheres.events import Tail
 from cllm_spheres.watch import groups, numbers, panels
-from cllm_spheres.watch.paint import DIM, NOTE, Frame, Line, beside, clean, fit, seg
+from cllm_spheres.watch.paint import NOTE, Frame, Line, beside, clean, fit, seg
+from cllm_spheres.watch.reader import Reader
 from cllm_spheres.watch.view import RunView
 
-REFRESH_S = 0.7
+REFRESH_S = 1.0
+MIN_WIDTH = 40  # below it, lines are cut
 MIN_CURVES = 9  # lines of the plot with its frame
 
 
@@ -46,7 +47,8 @@ def render(
     if num_messages:
         bottom += _last_lines(view, width, num_messages, notice)
         left -= num_messages
-    return [fit(line, width) for line in [*top, *_middle(view, width, left, notice), *bottom]][:height]
+    lines = [*top, *_middle(view, width, left, notice), *bottom][:height]
+    return lines if width >= MIN_WIDTH else [fit(line, width) for line in lines]
 
 
 def _middle(view: RunView, width: int, height: int, notice: str) -> list[Line]:
@@ -57,14 +59,14 @@ def _middle(view: RunView, width: int, height: int, notice: str) -> list[Line]:
         if height < MIN_CURVES + 11:
             return numbers.panel(view, width, height)
         return [*panels.curves(view, width, height - 11, notice), *numbers.panel(view, width, 11)]
-    side = 48 if width >= 120 else 38 if width >= 100 else 28
+    side = 48 if width >= 120 else 38 if width >= 100 else 30
     return beside([panels.curves(view, width - side, height, notice), numbers.panel(view, side, height)])
 
 
 def _last_lines(view: RunView, width: int, num: int, notice: str) -> list[Line]:
     lines: list[Line] = [[seg(" "), seg(clean(notice), NOTE)]] if notice else []
     lines = panels.messages(view, width, num - len(lines)) + lines if num > len(lines) else lines
-    return [*lines, *[[seg(" ", DIM)]] * (num - len(lines))]
+    return [fit(line, width) for line in [*lines, *[[]] * (num - len(lines))]]
 
 
 class Dashboard:
@@ -118,8 +120,10 @@ def _pinned(line: Line) -> Line:
 def read(run: Path) -> RunView:
     """The view of a run folder as it is now."""
     view = open_view(run)
-    for record in Tail(run / "metrics.jsonl").read():
-        view.add(record)
+    reader = Reader(run / "metrics.jsonl")
+    while records := reader.read():
+        for record in records:
+            view.add(record)
     return view
 
 

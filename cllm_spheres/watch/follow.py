@@ -11,10 +11,10 @@ from types import TracebackType
 from rich.console import Console
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.events import Tail
 from cllm_spheres.watch.dashboard import REFRESH_S, Dashboard, open_view
 from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.plain import Plain
+from cllm_spheres.watch.reader import Reader
 from cllm_spheres.watch.view import RunView
 
 POLL_S = 0.1
@@ -41,7 +41,7 @@ class Follower:
         self.console = console or Console()
         self.view = open_view(run)
         self._configured = (run / "config.toml").exists()
-        self._tail = Tail(run / "metrics.jsonl")
+        self._reader = Reader(run / "metrics.jsonl")
         self._drawn = float("-inf")
         self._notice = ""
         self._plain = Plain(self._line) if (use_plain(self.console) if plain is None else plain) else None
@@ -56,7 +56,8 @@ class Follower:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         try:
-            self._read()
+            while self._read():
+                pass
         finally:
             if self._plain:
                 self._plain.flush(self.view)
@@ -82,8 +83,9 @@ class Follower:
         elif text:
             self._line(clean(text))
 
-    def _read(self) -> None:
-        records = self._tail.read()
+    def _read(self) -> bool:
+        """Take what is new, at most a chunk; whether there was something."""
+        records = self._reader.read()
         if records and not self._configured:
             self.view.name, self.view.facts = (
                 (fresh := open_view(self.run)).name,
@@ -96,6 +98,7 @@ class Follower:
                 self._plain.add(record, self.view)
         if self._notice and any(record.get("kind") == "step" for record in records):
             self.notice("")
+        return bool(records)
 
     def _line(self, text: str) -> None:
         self.console.file.write(text + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from cllm_spheres.spheres import topology
 from cllm_spheres.watch.paint import (
     ACCENT,
     BAD,
@@ -31,9 +32,9 @@ from cllm_spheres.watch.paint import (
 )
 from cllm_spheres.watch.view import RunView
 
-NUM_GROUPS = 12
+NUM_GROUPS = topology.KISSING
 CARD_WIDTH = 36  # the least for a row a sphere
-STRIP_WIDTH = 36  # the least for a strip a group
+STRIP_WIDTH = 24  # a strip a group, without its characters for spheres
 GAP = 2
 
 # By the first letters of a state: its short word, its style.
@@ -56,22 +57,11 @@ _STATES = (
 )
 
 
-def parent(sphere: int, num_spheres: int) -> int:
-    """The level-1 sphere of a group, for any of its spheres. Level 2 is dealt evenly and consecutively."""
-    if sphere < NUM_GROUPS:
-        return sphere
-    share, more = divmod(num_spheres - NUM_GROUPS, NUM_GROUPS)
-    k = sphere - NUM_GROUPS
-    return k // (share + 1) if k < more * (share + 1) else (k - more) // share
-
-
 @lru_cache(maxsize=8)
 def groups(num_spheres: int) -> tuple[tuple[int, ...], ...]:
     """The spheres of each group, the level-1 sphere first."""
-    members: list[list[int]] = [[] for _ in range(min(NUM_GROUPS, num_spheres))]
-    for sphere in range(num_spheres):
-        members[parent(sphere, num_spheres)].append(sphere)
-    return tuple(map(tuple, members))
+    first = range(min(NUM_GROUPS, num_spheres))
+    return tuple((sphere, *topology.children(sphere, num_spheres)) for sphere in first)
 
 
 def panel(view: RunView, width: int, most: int) -> list[Line]:
@@ -161,11 +151,11 @@ def _row(view: RunView, sphere: int, sign: str, width: int, fastest: float) -> L
 
 def _strips(view: RunView, members: tuple[tuple[int, ...], ...], inner: int) -> list[Line]:
     """A group a line: a character a sphere (height: throughput, colour: waiting), sum and mean beside it."""
-    columns, width = _columns(inner, STRIP_WIDTH, len(members))
+    cells = max(map(len, members))
+    columns, width = _columns(inner, STRIP_WIDTH + cells, len(members))
     num_rows = -(-len(members) // columns)
     spheres = view.spheres
     fastest = max((v for v in spheres.throughput if v is not None), default=0.0) if spheres else 0.0
-    cells = max(map(len, members))
     lines: list[Line] = []
     for i in range(num_rows):
         line: Line = []
@@ -196,7 +186,7 @@ def _strip(view: RunView, g: int, group: tuple[int, ...], cells: int, fastest: f
         seg(" " * (cells - len(group))),
         seg(f" {compact(sum(speeds) if speeds else None):>5}{unit}", INK),
     ]
-    line.append(seg(f" {_share(waiting)}", heat(waiting)))
+    line.append(seg(f" {_share(waiting).replace(' ', '').rjust(4)}", heat(waiting)))
     words = [spheres.state[k] for k in group]
     word = min(
         set(words), key=lambda w: (-(_state(w)[1] in ("lost", "dead", "fail", "hung")), -words.count(w), w)

@@ -22,10 +22,13 @@ from cllm_spheres.watch.paint import (
     size,
     spread,
 )
-from cllm_spheres.watch.plot import spark
+from cllm_spheres.watch.plot import Curve, plot, spark
 from cllm_spheres.watch.records import number
-from cllm_spheres.watch.series import Series
+from cllm_spheres.watch.series import Point, Series
 from cllm_spheres.watch.view import RunView
+
+MIN_PLOT = 8  # lines of a plot under the numbers, with its frame
+_PLOTS = (("gradient norm", "norm"), ("tokens/s", "speed"))
 
 
 class _Rows:
@@ -39,7 +42,7 @@ class _Rows:
     def add(
         self, name: str, value: str, beside: str = "", series: Series | None = None, style: Style = STRONG
     ) -> None:
-        line = [seg(name.ljust(12 if self.wide else 8), DIM), seg(value, style)]
+        line = [seg(name.ljust(12 if self.wide else 7), DIM), seg(value, style)]
         line.append(seg(f"  {beside}" if beside else "", DIM))
         curve = spark(series.points(), 12) if series is not None and self.width >= 42 else ""
         self.lines.append(spread(line, [seg(curve, FAINT)], self.width))
@@ -49,7 +52,7 @@ class _Rows:
 
 
 def panel(view: RunView, width: int, height: int) -> list[Line]:
-    """The numbers in a frame of width x height."""
+    """The numbers in a frame, and where the height allows, plots under it: width x height together."""
     room = height - 2
     rows = _Rows(width - 4)
     gaps = room >= 12
@@ -63,13 +66,30 @@ def panel(view: RunView, width: int, height: int) -> list[Line]:
     if rows.wide and room >= len(rows.lines) + 4:
         rows.gap()
         _setting(view, rows)
-    return box([seg("now", TITLE)], rows.lines, width, height)
+    free = height - len(rows.lines) - 2
+    num_plots = min(2, free // MIN_PLOT) if rows.wide else 0
+    heights = [free // num_plots] * num_plots if num_plots else []
+    plots: list[Line] = []
+    for (title, series), plot_height in zip(_PLOTS, heights, strict=False):
+        plots += _plot(title, getattr(view, series).points(), width, plot_height)
+    return [*box([seg("now", TITLE)], rows.lines, width, height - len(plots)), *plots]
+
+
+def _plot(title: str, points: list[Point], width: int, height: int) -> list[Line]:
+    if len(points) < 2:
+        return box([seg(title, TITLE)], [], width, height)
+    values = sorted(v for _, v in points)
+    low, high = values[0], values[round(0.995 * (len(values) - 1))]
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    x = (points[0][0], points[-1][0])
+    lines = plot([Curve(points, ACCENT)], [], width - 4, height - 2, x, (low - pad, high + pad))
+    return box([seg(title, TITLE)], lines, width, height)
 
 
 def _losses(view: RunView, rows: _Rows) -> None:
     wide, evaluation, best = rows.wide, view.eval, view.best
-    smooth = view.loss.smoothed()
-    mean = f"mean {fixed(smooth[-1][1])}" if smooth else ""
+    recent = view.loss.recent()
+    mean = f"mean {fixed(recent)}" if recent is not None else ""
     rows.add("training" if wide else "train", fixed(number(view.step, "loss")), mean, view.loss, ACCENT)
     at = number(evaluation, "step")
     when = f"at {at:,.0f}" if at is not None else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len as unicode_len
+from rich.cells import set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.style import Style
@@ -117,6 +118,10 @@ def clean(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def cell_len(text: str) -> int:
+    return len(text) if text.isascii() else unicode_len(text)
+
+
 def seg(text: str, style: Style = INK) -> Segment:
     return Segment(text, style)
 
@@ -156,7 +161,7 @@ def box(title: Line, lines: list[Line], width: int, height: int, foot: Line | No
     """A rounded frame of exactly width x height, with a title in its upper and a foot in its lower edge."""
     inner = width - 4
     title, foot = _crop(title, inner - 2), _crop(foot or [], inner - 2)
-    top = [seg("╭─ ", FRAME), *title, seg(" " + "─" * (inner - length(title)) + "╮", FRAME)]
+    top = [seg("╭─ ", FRAME), *title, seg(" " + "─" * (inner - length(title) - 1) + "╮", FRAME)]
     if foot:
         gap = inner - length(foot) - 1
         bottom = [seg("╰" + "─" * gap + " ", FRAME), *foot, seg(" ─╯", FRAME)]

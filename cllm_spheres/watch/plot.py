@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.segment import Segment
 from rich.style import Style
 
-from cllm_spheres.watch.paint import DIM, FRAME, HEIGHTS, Line, seg
+from cllm_spheres.watch.paint import DIM, FRAME, HEIGHTS, Line, compact, seg
 from cllm_spheres.watch.series import Point
 
 # Bits of a braille character by (row, column) of its dot: Unicode chart U+2800.
@@ -110,13 +111,16 @@ class Canvas:
         result = []
         for i in range(self.height):
             line: Line = []
-            for j in range(self.width):
+            text, ink = "", None
+            for j, (bits, style) in enumerate(zip(self.bits[i], self.inks[i], strict=True)):
+                character = chr(0x2800 + bits) if bits else " "
                 if (i, j) in self.marks:
-                    line.append(Segment(*self.marks[i, j]))
-                else:
-                    bits = self.bits[i][j]
-                    line.append(Segment(chr(0x2800 + bits) if bits else " ", self.inks[i][j]))
-            result.append(line)
+                    character, style = self.marks[i, j]
+                if style is not ink:
+                    line.append(Segment(text, ink))
+                    text, ink = "", style
+                text += character
+            result.append([*line, Segment(text, ink)])
         return result
 
 
@@ -148,10 +152,7 @@ def plot(
 ) -> list[Line]:
     """`height` lines of `width` cells: the curves over a y axis with numbers and an x axis with steps."""
     rows = height - 1
-    y_ticks = ticks(*y, max(2, rows // 2))
-    gap = abs(y_ticks[1] - y_ticks[0]) if len(y_ticks) > 1 else 0.0
-    digits = min(4, max(1, -math.floor(math.log10(gap)))) if gap > 0 else 2
-    names = {value: f"{value:.{digits}f}" for value in y_ticks}
+    names = _names(ticks(*y, max(2, rows // 3)))
     margin = max(4, *map(len, names.values()))
     canvas = Canvas(width - margin - 2, rows, x, y)
     for reference in references:
@@ -169,6 +170,17 @@ def plot(
     return [*lines, _x_axis(canvas, margin, x)]
 
 
+def _names(values: list[float]) -> dict[float, str]:
+    """Tick values -> their text, with just the digits that tell them apart."""
+    gap = values[1] - values[0] if len(values) > 1 else abs(values[0]) or 1.0
+    if gap >= 100:
+        return {value: compact(value) for value in values}
+    if gap < 1e-4:
+        return {value: f"{value:.1e}" for value in values}
+    digits = max(1, -math.floor(math.log10(gap) + 1e-9))
+    return {value: f"{value:.{digits}f}" for value in values}
+
+
 def _x_axis(canvas: Canvas, margin: int, x: tuple[float, float]) -> Line:
     """└─ 0 ──────── 500 ─────── 1,000 ─ with each number centred under its place."""
     width = canvas.width
@@ -183,8 +195,8 @@ def _x_axis(canvas: Canvas, margin: int, x: tuple[float, float]) -> Line:
             cells[start : start + len(text)] = text
             free = start + len(text) + 1
     line: Line = [seg(" " * (margin + 1) + "└", FRAME)]
-    for c in cells:
-        line.append(seg(c, FRAME if c == "─" else DIM))
+    for ruled, run in groupby(cells, lambda c: c == "─"):
+        line.append(seg("".join(run), FRAME if ruled else DIM))
     return line
 
 

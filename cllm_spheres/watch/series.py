@@ -14,8 +14,10 @@ Point = tuple[float, float]
 class Series:
     """A curve in bounded memory. A step given again supersedes itself and every later one."""
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(self, capacity: int = 512, *, sampled: bool = False) -> None:
+        """`sampled`: of `stride` neighbouring steps keep the first, not the mean; it costs less."""
         assert capacity >= 2, capacity
+        self.sampled = sampled
         self.capacity = capacity
         self.stride = 1
         self.last_step = -1
@@ -32,6 +34,8 @@ class Series:
             self.drop_after(step - 1)
         key = step // self.stride
         if self._keys and self._keys[-1] == key:
+            if self.sampled:
+                return
             self._steps[-1] = step
             self._sums[-1] += value
             self._counts[-1] += 1
@@ -63,6 +67,12 @@ class Series:
             result.append((step, (totals[end] - totals[start]) / (counts[end] - counts[start])))
         return result
 
+    def recent(self, share: float = 0.05) -> float | None:
+        """The last value of `smoothed`."""
+        half = max(1, round(share * len(self._keys) / 2))
+        counts = sum(self._counts[-half - 1 :])
+        return sum(self._sums[-half - 1 :]) / counts if counts else None
+
     def _append(self, key: int, step: int, total: float, count: int) -> None:
         self._keys.append(key)
         self._steps.append(step)
@@ -75,8 +85,9 @@ class Series:
         self._keys, self._steps, self._sums, self._counts = [], [], [], []
         for key, step, total, count in old:
             if self._keys and self._keys[-1] == key // 2:
-                self._steps[-1] = step
-                self._sums[-1] += total
-                self._counts[-1] += count
+                if not self.sampled:
+                    self._steps[-1] = step
+                    self._sums[-1] += total
+                    self._counts[-1] += count
             else:
                 self._append(key // 2, step, total, count)

@@ -16,6 +16,7 @@ from cllm_spheres.watch.records import Spheres, number, step_of
 from cllm_spheres.watch.series import Series
 
 PHASES = ("compute", "waiting", "gather", "update", "other")
+_PHASE_KEYS = tuple(f"{name}_s" for name in PHASES)
 WINDOW_S = 10.0  # what "now" means for tokens/s and phases
 NUM_MESSAGES = 50
 
@@ -29,6 +30,17 @@ class _Slice:
     steps: int = 0
     phases: list[float] = field(default_factory=lambda: [0.0] * len(PHASES))
 
+    def add(self, other: _Slice) -> None:
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+        self.steps += other.steps
+        self.phases = [a + b for a, b in zip(self.phases, other.phases, strict=True)]
+
+
+def _difference(record: Record, before: Record, key: str, otherwise: float) -> float:
+    new, old = number(record, key), number(before, key)
+    return new - old if new is not None and old is not None else otherwise
+
 
 class RunView:
     """What is known of a run after the records added so far."""
@@ -36,7 +48,8 @@ class RunView:
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.facts: dict[str, Any] = {}  # of config.toml and of the start and resume events
-        self.loss, self.lr, self.norm, self.speed, self.val = (Series() for _ in range(5))
+        self.loss, self.val = Series(), Series()
+        self.lr, self.norm, self.speed = (Series(sampled=True) for _ in range(3))
         self.step: Record = {}  # the latest of its kind
         self.eval: Record = {}
         self.spheres: Spheres | None = None
@@ -50,7 +63,9 @@ class RunView:
         self._best: list[tuple[int, float]] = []  # falling minima of the validation loss
         self._first_step = 0  # the step this start or resume began from
         self._slices: deque[_Slice] = deque()
-        self._total = _Slice()
+        self._closed = _Slice()  # sums of the slices before the last one, since the start or resume
+
+        self._before: Record | None = None  # the step before, since the start or resume
 
     # Records in
 
@@ -86,18 +101,38 @@ class RunView:
             if value is not None:
                 series.add(step, value)
         seconds, tokens = number(record, "seconds") or 0.0, number(record, "tokens") or 0.0
-        phases = [max(0.0, number(record, f"{name}_s") or 0.0) for name in PHASES]
-        if not self._slices or self._slices[-1].seconds >= WINDOW_S / 20:
-            self._slices.append(_Slice())
-        for part in (self._slices[-1], self._total):
-            part.seconds += max(0.0, seconds)
-            part.tokens += max(0.0, tokens)
-            part.steps += 1
-            part.phases = [a + b for a, b in zip(part.phases, phases, strict=True)]
-        while len(self._slices) > 3 and sum(s.seconds for s in self._slices) > WINDOW_S:
-            self._slices.popleft()
-        while len(self._slices) > 64:
-            self._slices.popleft()
+        steps = 1
+        before, self._before = self._before, record
+        if before is not None and step > (last := step_of(before) or 0) + 1:  # steps that were not read
+            steps = step - last
+            seconds = _difference(record, before, "time", seconds * steps)
+            tokens = _difference(record, before, "total_tokens", tokens * steps)
+        part = self._slice()
+        part.seconds += max(0.0, seconds)
+        part.tokens += max(0.0, tokens)
+        part.steps += steps
+        for i, key in enumerate(_PHASE_KEYS):
+            part.phases[i] += max(0.0, number(record, key) or 0.0) * steps
+
+    def _slice(self) -> _Slice:
+        """The slice that the next step belongs to."""
+        slices = self._slices
+        if slices and slices[-1].seconds < WINDOW_S / 20 and slices[-1].steps < 2**16:
+            return slices[-1]
+        if slices:
+            self._closed.add(slices[-1])
+        slices.append(_Slice())
+        while len(slices) > 3 and (sum(s.seconds for s in slices) > WINDOW_S or len(slices) > 64):
+            slices.popleft()
+        return slices[-1]
+
+    @property
+    def _total(self) -> _Slice:
+        """Sums since the latest start or resume."""
+        total = _Slice()
+        for part in (self._closed, *list(self._slices)[-1:]):
+            total.add(part)
+        return total
 
     def _add_eval(self, record: Record) -> None:
         step, loss = step_of(record), number(record, "val_loss")
@@ -128,7 +163,8 @@ class RunView:
             self.predicted_s = None
             self.spheres = None
             self._slices.clear()
-            self._total = _Slice()
+            self._closed = _Slice()
+            self._before = None
             if name == "resume":
                 step = step_of(record, "from_step")
                 if step is None:
