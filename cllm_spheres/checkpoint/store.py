@@ -115,7 +115,7 @@ class Store:
         return target
 
     def tidy(self) -> None:
-        """Remove what dead processes left half-made or half-removed, as far as possible; `save` does so too."""
+        """Remove what dead processes left half-made or half-removed, where possible; `save` does so too."""
         if self.folder.is_dir():
             tidy(self.folder, self.disk)
 
