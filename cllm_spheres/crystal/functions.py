@@ -80,7 +80,7 @@ LN2 = math.log(2.0)
 
 @kernel
 def log(x):
-    """Natural logarithm of a float64, 1 ulp for normal numbers > 0; NaN stays NaN, inf stays inf.
+    """Natural logarithm of a float64, 2 ulp for normal numbers > 0; NaN stays NaN, inf stays inf.
 
     x = m * 2**n with m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1). For x <= 0: NaN.
     """
@@ -117,4 +117,4 @@ def cosine_0_pi(x: float) -> float:
     for k in range(1, 14):
         term *= -y * y / ((2 * k) * (2 * k + 1))
         total += term
-    return total
+    return min(1.0, max(-1.0, total))

@@ -19,8 +19,8 @@ PURPOSE_WEIGHTS, PURPOSE_OFFSET, PURPOSE_ORDER, PURPOSE_DROPOUT, PURPOSE_SAMPLIN
 
 GOLDEN = u8(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = u8(0xBF58476D1CE4E5B9), u8(0x94D049BB133111EB)
-S27, S30, S31, S11, S32 = u8(27), u8(30), u8(31), u8(11), u8(32)
-TWO_TO_MINUS_53 = 2.0**-53
+S27, S30, S31, S12, S32 = u8(27), u8(30), u8(31), u8(12), u8(32)
+TWO_TO_MINUS_52 = 2.0**-52
 
 
 @kernel
@@ -45,8 +45,8 @@ def key_of(seed, purpose, step):
 
 @kernel
 def uniform(key, index):
-    """A float64 in the open interval (0, 1)."""
-    return (np.float64(combine(key, u8(index)) >> S11) + 0.5) * TWO_TO_MINUS_53
+    """A float64 in the open interval (0, 1): 52 bits and a half, so that the largest does not round to 1."""
+    return (np.float64(combine(key, u8(index)) >> S12) + 0.5) * TWO_TO_MINUS_52
 
 
 @kernel

@@ -53,7 +53,7 @@ def attention_forward(
                     row = floats(scores + 4 * r * last, last)
                     largest = row_max(row[: i + 1])
                     total = exp_of_difference(row, largest, scale, i + 1)
-                    lse_T[i] = largest * scale + f4(log(float(total)))
+                    lse_T[i] = largest * scale + f4(log(np.float64(total)))
                     scale_row(row, f4(1) / total, i + 1)
                     for j in range(i + 1, last):
                         row[j] = f4(0)

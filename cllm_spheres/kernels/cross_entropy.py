@@ -5,6 +5,8 @@ R rows of a chunk, C channels, V vocabulary.
 
 from __future__ import annotations
 
+import numpy as np
+
 from cllm_spheres.crystal.functions import log
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import exp_of_difference, f4, row_max, scale_row
@@ -24,7 +26,7 @@ def softmax_cross_entropy(logits_RV, targets_R, scale):
         largest = row_max(row)
         at_target = row[target]
         total = exp_of_difference(row, largest, f4(1), n)
-        loss += log(float(total)) + (float(largest) - float(at_target))
+        loss += log(np.float64(total)) + (np.float64(largest) - np.float64(at_target))
         scale_row(row, scale / total, n)
         row[target] -= scale
     return loss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel, reduction
@@ -33,7 +34,7 @@ def _add_one(out, a):
 def _sum_of_squares(x):
     total = 0.0
     for i in range(BLOCK):
-        y = float(x[i])
+        y = np.float64(x[i])  # float() would stay float32
         total += y * y
     return total
 
