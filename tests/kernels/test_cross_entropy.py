@@ -1,0 +1,100 @@
+"""The tied head with softmax and cross-entropy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward, softmax_cross_entropy
+from tests import naive
+from tests.check import assert_close, assert_gradient
+
+SIZES = [
+    (1, 1, 2, 1),
+    (1, 33, 17, 4),
+    (7, 13, 381, 3),
+    (65, 48, 65, 64),
+    (12, 16, 101, 12),
+]  # N, C, V, R rows
+
+
+def inputs(rng, n, c, v):
+    x, wte = rng.standard_normal((n, c), np.float32), rng.standard_normal((v, c), np.float32)
+    return x, wte, rng.integers(0, v, n, dtype=np.int32)
+
+
+@pytest.mark.parametrize(("n", "c", "v", "rows"), SIZES)
+def test_the_loss_equals_its_twin(n, c, v, rows, rng, buffer):
+    x, wte, targets = inputs(rng, n, c, v)
+    loss = head_loss(x, wte, targets, buffer(rows, v))
+    expected = naive.head_forward(x.astype(float), wte.astype(float), targets)
+    # Logits up to ~30 in float32 are known to ~1e-6 each.
+    assert abs(loss - expected) < 1e-5 * n
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("n", "c", "v", "rows"), SIZES)
+def test_backward_equals_its_twin(n, c, v, rows, accumulate, rng, buffer):
+    x, wte, targets = inputs(rng, n, c, v)
+    scale = np.float32(1 / 24)
+    dx, dwte = buffer(n, c), buffer(v, c, fill=5 if accumulate else np.nan)
+    loss = head_loss_backward(x, wte, targets, scale, buffer(rows, v), dx, dwte, accumulate)
+    assert loss == head_loss(x, wte, targets, buffer(rows, v))
+    expected = naive.head_backward(x.astype(float), wte.astype(float), targets)
+    assert_close(dx, scale * expected[0])
+    assert_close(dwte, 5 * accumulate + scale * expected[1])
+
+
+@pytest.mark.parametrize("v", [2, 15, 16, 17, 100])
+def test_each_row_of_the_gradient_sums_to_zero(v, rng):
+    logits, targets = 10 * rng.standard_normal((9, v), np.float32), rng.integers(0, v, 9, dtype=np.int32)
+    expected = naive.cross_entropy_backward(logits.astype(float), targets)
+    softmax_cross_entropy(logits, targets, np.float32(1))
+    assert_close(logits, expected)
+    assert np.abs(logits.sum(1)).max() < 1e-6  # v roundings of numbers whose sizes sum to at most 2
+
+
+def test_huge_logits_neither_overflow_nor_lose_the_loss():
+    logits = np.array([[1e4, -1e4, 0], [-3e38, -3e38, -3e38]], np.float32)
+    targets = np.array([1, 2], np.int32)
+    loss = softmax_cross_entropy(logits, targets, np.float32(1))
+    assert abs(loss - (2e4 + np.log(3))) < 1e-9
+    assert_close(logits, np.array([[1, -1, 0], [1 / 3, 1 / 3, -2 / 3]]))
+
+
+def test_the_loss_is_computed_in_float64():
+    logits, targets = np.array([[8000, 0.01]], np.float32), np.array([1], np.int32)
+    expected = 8000 - float(logits[0, 1])
+    assert abs(softmax_cross_entropy(logits, targets, np.float32(1)) - expected) < 1e-11
+
+
+@pytest.mark.parametrize("place", [0, 17, 32])  # in the vectors and in the tail behind them
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_gives_nan(bad, place, rng):
+    logits, targets = rng.standard_normal((3, 33), np.float32), np.array([1, 2, 3], np.int32)
+    logits[1, place] = bad
+    loss = softmax_cross_entropy(logits, targets, np.float32(1))
+    assert np.isnan(loss) and np.isnan(logits[1]).all() and np.isfinite(logits[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_row_of_nothing_but_nan_or_minus_infinity_gives_nan(bad):
+    logits, targets = np.full((1, 33), bad, np.float32), np.array([1], np.int32)
+    assert np.isnan(softmax_cross_entropy(logits, targets, np.float32(1)))
+    assert np.isnan(logits).all()
+
+
+def test_a_target_of_probability_zero_has_an_infinite_loss():
+    logits, targets = np.zeros((1, 33), np.float32), np.array([1], np.int32)
+    logits[0, 1] = -np.inf
+    assert softmax_cross_entropy(logits, targets, np.float32(1)) == np.inf
+
+
+def test_the_twins_gradients_are_finite_differences(rng):
+    x, wte, targets = rng.standard_normal((5, 4)), rng.standard_normal((7, 4)), rng.integers(0, 7, 5)
+    dx, dwte = naive.head_backward(x, wte, targets)
+    assert_gradient(lambda a: naive.head_forward(a, wte, targets), x, dx, rng)
+    assert_gradient(lambda a: naive.head_forward(x, a, targets), wte, dwte, rng)
+    logits = rng.standard_normal((5, 7))
+    gradient = naive.cross_entropy_backward(logits, targets)
+    assert_gradient(lambda a: naive.cross_entropy_forward(a, targets), logits, gradient, rng)
