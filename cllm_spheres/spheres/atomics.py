@@ -101,3 +101,27 @@ def clock_ns(clock, scratch):
     _clock_gettime(np.int32(clock), scratch)
     t = integers(scratch, 2)
     return t[0] * 1000000000 + t[1]
+
+
+@kernel
+def load_word(address):
+    """`load` for Python."""
+    return load(address)
+
+
+@kernel
+def store_word(address, value):
+    """`store` for Python."""
+    store(address, value)
+
+
+@kernel
+def add_to_word(address, value):
+    """`add` for Python."""
+    return add(address, value)
+
+
+@kernel
+def exchange_word(address, expected, value):
+    """`exchange_if` for Python."""
+    return exchange_if(address, expected, value)

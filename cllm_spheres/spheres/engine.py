@@ -49,6 +49,14 @@ FIELDS = (
     WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, SEGMENTS,
     GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
 ) = range(len(FIELDS))  # fmt: skip
+# The phases' one machine code, called by address.
+_compute_shard = compute_shard.external
+_evaluate_window = evaluate_window.external
+_initialise_block = initialise_block.external
+_gather_block = gather_block.external
+_global_norm = global_norm.external
+_update_block = update_block.external
+_commit_block = commit_block.external
 # float64 constants of a run.
 K_CLIP, K_BETA1, K_BETA2, K_DECAY = range(4)
 
@@ -128,7 +136,7 @@ def _compute(x, step):
                 x[TRAIN], x[ITEM_BYTES], x[TRAIN_TOKENS], at,
                 tokens(x[INPUTS] + 4 * i * length, length), tokens(x[TARGETS] + 4 * i * length, length),
             )  # fmt: skip
-        loss = compute_shard.external(
+        loss = _compute_shard(
             x[GEOMETRY], x[PARAMS], x[SEGMENTS] + sphere * x[STRIDE], x[ARENA], x[INPUTS], x[TARGETS], count, length,
             scale, key, first, _mine(x, M.W_PROGRESS),
         )  # fmt: skip
@@ -142,7 +150,7 @@ def _compute(x, step):
 @kernel
 def _gather(x):
     for block in range(x[FIRST_BLOCK], x[LAST_BLOCK]):
-        gather_block.external(x[SEGMENTS], x[STRIDE], x[NUM_SPHERES], x[GRADIENT], x[NORMS], block)
+        _gather_block(x[SEGMENTS], x[STRIDE], x[NUM_SPHERES], x[GRADIENT], x[NORMS], block)
 
 
 @kernel
@@ -151,7 +159,7 @@ def _decide(x, step, index):
 
     0: go on and update; 1: skip the update; 2: halt before the update (not finite, or Node Zero closed the gate).
     """
-    norm = global_norm.external(x[NORMS], x[NUM_BLOCKS])
+    norm = _global_norm(x[NORMS], x[NUM_BLOCKS])
     loss = 0.0
     for sphere in range(x[NUM_SPHERES]):
         loss += doubles(x[SPHERES] + sphere * M.SPHERE_WORDS * 8, M.SPHERE_WORDS)[M.P_LOSS]
@@ -190,12 +198,12 @@ def _update(x, step):
     for block in range(x[FIRST_BLOCK] + done, x[LAST_BLOCK]):
         tag = step * unit + block - x[FIRST_BLOCK] + 1
         if load(slot_word) != tag:
-            update_block.external(
+            _update_block(
                 x[OPTIMIZER], x[DECISION], x[GRADIENT], x[PARAMS], x[MOMENTS], x[SQUARES], x[SLOT], block,
                 1 if block < x[DECAYING_BLOCKS] else 0,
             )  # fmt: skip
             store(slot_word, tag)
-        commit_block.external(x[OPTIMIZER], x[PARAMS], x[MOMENTS], x[SQUARES], x[SLOT], block)
+        _commit_block(x[OPTIMIZER], x[PARAMS], x[MOMENTS], x[SQUARES], x[SLOT], block)
         store(blocks_word, tag)
 
 
@@ -310,7 +318,7 @@ def _evaluate(x, first, last):
         read_window(
             x[VAL], x[ITEM_BYTES], x[VAL_TOKENS], starts[i], tokens(x[INPUTS], lengths[i]), tokens(x[TARGETS], lengths[i])
         )
-        losses[i] = evaluate_window.external(
+        losses[i] = _evaluate_window(
             x[GEOMETRY], x[PARAMS], x[ARENA], x[INPUTS], x[TARGETS], lengths[i], _mine(x, M.W_PROGRESS)
         )
 
@@ -326,7 +334,7 @@ def _rehearse(x):
     begin = _now(x)
     for _ in range(20):
         start = _now(x)
-        compute_shard.external(
+        _compute_shard(
             x[GEOMETRY], x[PARAMS], x[SEGMENTS] + x[WORKER] * x[STRIDE], x[ARENA], x[INPUTS], x[TARGETS], 1, length,
             1.0 / length, 0, 0, _mine(x, M.W_PROGRESS),
         )  # fmt: skip
@@ -361,7 +369,7 @@ def work(context):
             _rehearse(x)
         elif kind == M.INITIALISE:
             for block in range(x[FIRST_BLOCK], x[LAST_BLOCK]):
-                initialise_block.external(x[PARAMS], x[PLACES], x[VALUES], x[NUM_TENSORS], x[SEED], block)
+                _initialise_block(x[PARAMS], x[PLACES], x[VALUES], x[NUM_TENSORS], x[SEED], block)
         if whole:
             seen = load(_word(x, M.RELEASE))
             if _arrive(x):

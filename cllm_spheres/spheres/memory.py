@@ -68,6 +68,7 @@ SPHERE_WORDS = 8
 ) = range(14)  # fmt: skip
 RECORD_WORDS = 16
 RING = 4096  # steps that a command has at most
+ERROR_BYTES = 1024  # what a worker can say of an exception
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Regions:
         self.window_lengths = place(sizes.num_windows * 8)
         self.window_losses = place(sizes.num_windows * 8)
         self.norms = place(blocks * 8)
+        self.errors = place(sizes.num_workers * ERROR_BYTES)
         self.slots = place(sizes.num_workers * SLOT_FLOATS * 4, PAGE)
         self.params = place(flat, PAGE)
         self.moments = place(flat, PAGE)
@@ -147,6 +149,16 @@ class SharedMemory:
 
     def floats(self, offset: int, count: int) -> np.ndarray:
         return self._bytes[offset : offset + 4 * count].view(np.float32)
+
+    def set_error(self, worker: int, text: str) -> None:
+        """What a worker has to say before it ends; Node Zero reads it."""
+        data = text.encode()[-ERROR_BYTES:].ljust(ERROR_BYTES, b"\0")
+        start = self.regions.errors + worker * ERROR_BYTES
+        self._bytes[start : start + ERROR_BYTES] = np.frombuffer(data, np.uint8)
+
+    def error(self, worker: int) -> str:
+        start = self.regions.errors + worker * ERROR_BYTES
+        return bytes(self._bytes[start : start + ERROR_BYTES]).rstrip(b"\0").decode(errors="replace")
 
     def control(self, word: int) -> int:
         """The address of a control word."""

@@ -1,0 +1,58 @@
+"""What a run asks of its workers, as plain data: it travels from Node Zero to the server as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.spheres.memory import Sizes
+
+OPTIMIZERS = ("adamw", "sgd")  # their numbers are kernels.optimizer.ADAMW and SGD
+
+
+@dataclass(frozen=True)
+class Job:
+    """Shapes, data and constants of a run. Paths are absolute; counts are tokens, sequences or processes."""
+
+    shape: Shape
+    batch_size: int
+    spheres: int
+    workers: int
+    seed: int
+    train: str
+    val: str
+    item_bytes: int
+    train_tokens: int
+    val_tokens: int
+    num_windows: int
+    optimizer: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    clip: float = 1.0  # 0 is off
+    dropout: float = 0.0
+    skip_nonfinite: bool = False
+    cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            num_parameters=Layout(self.shape).size,
+            num_spheres=self.spheres,
+            num_workers=self.workers,
+            num_windows=self.num_windows,
+            has_squares=self.optimizer == "adamw",
+        )
+
+    @property
+    def largest_shard(self) -> int:
+        """Sequences of the first sphere, which has the most."""
+        return -(-self.batch_size // self.spheres)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Job:
+        return cls(**{**values, "shape": Shape(**values["shape"])})

@@ -1,0 +1,137 @@
+"""Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID`.
+
+A process that has imported the kernels and run a tiny step forks 63 workers in less than a second, each sharing
+its memory. It has one thread, so forking is safe. It ends with Node Zero, and its workers end with it, stopped
+ones too: each asks the kernel for SIGKILL at its parent's death.
+
+Messages are JSON, one a packet. In: {"spawn": [workers], "job": {...}} with the shared memory's descriptor, and
+{"kill": true}. Out: {"status": text}, {"warm": seconds}, {"started": worker, "pid": pid}, {"ended": worker, "pid":
+pid, "status": wait status}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PACKET_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends; ends at once where the parent is already gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def ignore_signals() -> None:
+    """Only Node Zero acts on the signals that ask for an end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+class Server:
+    """Forks workers, watches them, and says when one has ended."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.workers: dict[int, tuple[int, int]] = {}  # pidfd -> worker, pid
+
+    def say(self, **message: Any) -> None:
+        self.connection.send(json.dumps(message).encode())
+
+    def warm(self) -> None:
+        from cllm_spheres.crystal import jit
+
+        start = time.monotonic()
+        if jit.is_cold():
+            self.say(status="compiling the kernels, once on this machine: about half a minute")
+        from cllm_spheres.spheres import worker
+
+        with tempfile.NamedTemporaryFile() as scratch:
+            scratch.write(bytes(64))
+            scratch.flush()
+            worker.warm(Path(scratch.name))
+        jit.mark_warm()
+        gc.freeze()
+        self.say(warm=time.monotonic() - start)
+
+    def run(self) -> None:
+        """Serve until Node Zero closes its end."""
+        while True:
+            ready, _, _ = select.select([self.connection, *self.workers], [], [])
+            for source in ready:
+                if source is self.connection:
+                    if not self.obey():
+                        return
+                elif source in self.workers:
+                    self.reap(source)
+
+    def obey(self) -> bool:
+        data, descriptors, _, _ = socket.recv_fds(self.connection, PACKET_BYTES, 1)
+        if not data:
+            return False
+        message = json.loads(data)
+        if "spawn" in message:
+            for worker in message["spawn"]:
+                self.fork(worker, message["job"], descriptors[0])
+            os.close(descriptors[0])
+        if "kill" in message:
+            for _, pid in self.workers.values():
+                os.kill(pid, signal.SIGKILL)
+        return True
+
+    def fork(self, worker: int, job: dict[str, Any], descriptor: int) -> None:
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                die_with(server)
+                self.connection.close()
+                for pidfd in self.workers:
+                    os.close(pidfd)
+                from cllm_spheres.spheres import worker as module
+                from cllm_spheres.spheres.job import Job
+
+                code = module.main(Job.from_dict(job), descriptor, worker)
+            finally:
+                os._exit(code)
+        self.workers[os.pidfd_open(pid)] = (worker, pid)
+        self.say(started=worker, pid=pid)
+
+    def reap(self, pidfd: int) -> None:
+        worker, pid = self.workers.pop(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self.say(ended=worker, pid=pid, status=status)
+
+
+def main() -> None:
+    """The server's process."""
+    die_with(int(sys.argv[2]))
+    ignore_signals()
+    server = Server(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        server.warm()
+        server.run()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # Node Zero is gone, and so are we
+    for _, pid in server.workers.values():
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

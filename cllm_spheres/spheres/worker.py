@@ -1,0 +1,120 @@
+"""A job and the shared memory -> a worker that computes until it is told to end.
+
+A worker is forked from the warmed server. It never prints and ignores signals: Node Zero alone acts on them.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from cllm_spheres.kernels.optimizer import commit_block, update_block
+from cllm_spheres.kernels.sizes import SLOT_FLOATS
+from cllm_spheres.model.geometry import geometry, new_arena
+from cllm_spheres.model.gpt import compute_shard
+from cllm_spheres.model.initialise import initial_tables
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.spheres import engine
+from cllm_spheres.spheres.job import OPTIMIZERS, Job
+from cllm_spheres.spheres.memory import SPHERE_WORDS, WORKER_WORDS, SharedMemory
+from cllm_spheres.spheres.topology import hosted, span
+
+SPIN = 2000  # pauses at a barrier before sleeping, about 50 us; none where workers outnumber cores
+
+
+class Worker:
+    """Everything that `engine.work` needs, kept alive while it runs."""
+
+    def __init__(self, job: Job, memory: SharedMemory, worker: int) -> None:
+        layout = Layout(job.shape)
+        regions = memory.regions
+        shape_on_card = geometry(layout, largest_shard=job.largest_shard, dropout=job.dropout)
+        places, values = initial_tables(layout)
+        first_block, last_block = span(worker, job.workers, layout.num_blocks)
+        sequence_tokens = job.largest_shard * job.shape.block_size
+        train = np.memmap(job.train, np.uint8, "r")
+        val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
+        inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
+        arena = new_arena(shape_on_card.arena_floats)
+        constants = np.array([job.clip, job.beta1, job.beta2, job.weight_decay], np.float64)
+        base = memory.address
+        values_by_name = dict(
+            worker=worker, num_workers=job.workers, num_spheres=job.spheres,
+            first_block=first_block, last_block=last_block, num_blocks=layout.num_blocks,
+            decaying_blocks=layout.decaying_blocks, spin=SPIN if job.cores else 0,
+            batch_size=job.batch_size, block_size=job.shape.block_size, seed=job.seed,
+            optimizer=OPTIMIZERS.index(job.optimizer), skip_nonfinite=job.skip_nonfinite,
+            has_dropout=job.dropout > 0, stride=regions.stride, item_bytes=job.item_bytes,
+            train_tokens=job.train_tokens, val_tokens=job.val_tokens, num_tensors=len(places),
+            control=base + regions.control, decision=base + regions.decision, workers=base + regions.workers,
+            spheres=base + regions.spheres, ring=base + regions.ring, rates=base + regions.rates,
+            window_starts=base + regions.window_starts, window_lengths=base + regions.window_lengths,
+            window_losses=base + regions.window_losses, norms=base + regions.norms,
+            slot=base + regions.slots + worker * SLOT_FLOATS * 4, params=base + regions.params,
+            moments=base + regions.moments, squares=base + regions.squares, gradient=base + regions.gradient,
+            segments=base + regions.segments, geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
+            train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
+            places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
+        )  # fmt: skip
+        self.context = np.array([values_by_name[name] for name in engine.FIELDS], np.int64)
+        self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, constants, memory)
+
+    def run(self) -> None:
+        """Obey commands until EXIT."""
+        engine.work.call(self.context.ctypes.data)
+
+
+def allocate_own_ranges(job: Job, memory: SharedMemory, worker: int) -> None:
+    """Take the pages of this worker's segments and of its span, on its own NUMA node. OSError where there are none."""
+    regions, flat = memory.regions, memory.regions.stride
+    for sphere in hosted(worker, job.workers, job.spheres):
+        memory.allocate(regions.segments + sphere * flat, flat)
+    first, last = span(worker, job.workers, flat // (4 * 4096))
+    start, size = first * 4 * 4096, (last - first) * 4 * 4096
+    for region in (regions.params, regions.moments, regions.gradient):
+        memory.allocate(region + start, size)
+    if memory.sizes.has_squares:
+        memory.allocate(regions.squares + start, size)
+
+
+def main(job: Job, descriptor: int, worker: int) -> int:
+    """A forked worker's whole life; the exit code is 0, or 1 with the reason in shared memory."""
+    memory = SharedMemory(job.sizes, descriptor)
+    try:
+        if job.cores:
+            os.sched_setaffinity(0, {job.cores[worker]})
+        allocate_own_ranges(job, memory, worker)
+        Worker(job, memory, worker).run()
+    except OSError as error:
+        memory.set_error(worker, f"{error.strerror} while starting")
+        return 1
+    except Exception:
+        memory.set_error(worker, traceback.format_exc())
+        return 1
+    return 0
+
+
+def warm(scratch: Path) -> None:
+    """Run a tiny step, so that everything is compiled, loaded and initialised before the first fork.
+
+    scratch: a file of at least 64 bytes to stand in for a corpus.
+    """
+    shape = Shape(vocab_size=8, block_size=4, layers=1, heads=1, width=8, ff_width=8)
+    job = Job(
+        shape=shape, batch_size=1, spheres=1, workers=1, seed=0, train=str(scratch), val=str(scratch), item_bytes=2,
+        train_tokens=8, val_tokens=8, num_windows=0,
+    )  # fmt: skip
+    memory = SharedMemory(job.sizes)
+    tiny = Worker(job, memory, 0)
+    x = dict(zip(engine.FIELDS, tiny.context.tolist(), strict=True))
+    compute_shard.call(
+        x["geometry"], x["params"], x["segments"], x["arena"], x["inputs"], x["targets"], 1, 4, 0.25, 0, 0, x["workers"]
+    )
+    update_block.call(
+        0, x["constants"], x["gradient"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1
+    )  # its result is never committed
+    commit_block.call(0, x["params"], x["moments"], x["squares"], x["slot"], 0)
+    assert WORKER_WORDS and SPHERE_WORDS
