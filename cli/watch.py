@@ -23,12 +23,16 @@ def watch(
 
     Ctrl+C leaves; the run goes on.
     """
+    from cllm_spheres.errors import InputError
     from cllm_spheres.watch import dashboard
     from cllm_spheres.watch.follow import Follower, find_run, follow
 
     find_run(run)
     if svg is not None:
-        dashboard.svg(run, svg, width, height)
+        try:
+            dashboard.svg(run, svg, width, height)
+        except OSError as error:
+            raise InputError(f"Cannot write {svg}: {error.strerror}.") from None
         typer.echo(f"Wrote {svg}.")
         return
     try:

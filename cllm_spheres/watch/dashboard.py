@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def render(
     if left >= MIN_CURVES + 2:
         bottom += panels.phases(view, width, colour)
         left -= 2
-    num_messages = 0 if left < 14 else 1 if height < 26 else 2 if height < 30 else 4
+    num_messages = 0 if left < 14 else 1 if height < 26 or width < 64 else 2 if height < 30 else 4
     if left - num_messages >= MIN_CURVES + 3:
         spheres = groups.panel(view, width, left - num_messages - MIN_CURVES)
         if height >= 40 and len(spheres) > (left - num_messages) * 0.6:
@@ -103,7 +104,9 @@ def svg(run_or_view: Path | RunView, path: Path, width: int = 120, height: int =
                       color_system="truecolor", legacy_windows=False, _environ={})  # fmt: skip
     now = view.last_time if view.last_time is not None else time.time()
     console.print(Frame([_pinned(line) for line in render(view, width, height, now=now)]))
-    path.write_text(console.export_svg(title=clean(f"cllm-spheres watch {view.name}")), encoding="utf-8")
+    picture = console.export_svg(title=clean(f"cllm-spheres watch {view.name}"))
+    # Without the fonts that rich would load from the network: the viewer's own monospace font does.
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 def _pinned(line: Line) -> Line:

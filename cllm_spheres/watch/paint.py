@@ -149,7 +149,7 @@ def fit(line: Line, width: int) -> Line:
 def spread(left: Line, right: Line, width: int) -> Line:
     """`left` and `right` at the two ends of `width`; where both do not fit, the right one goes."""
     gap = width - length(left) - length(right)
-    return fit([*left, Segment(" " * gap), *right], width) if gap >= 1 else fit(left, width)
+    return [*left, Segment(" " * gap), *right] if gap >= 1 else fit(left, width)
 
 
 def beside(blocks: list[list[Line]]) -> list[Line]:

@@ -51,7 +51,7 @@ def head(view: RunView, now: float, width: int) -> Line:
     facts.append(f"{compact(parameters)} parameters" if parameters else "")
     while facts:
         right = [seg(" · ".join(f for f in facts if f) + " ", DIM)]
-        if length(left) + length(right) < width:
+        if length(left) + length(right) + 1 < width:
             return spread(left, right, width)
         facts.pop()
     return spread(left, [], width)
@@ -78,7 +78,7 @@ def progress(view: RunView, now: float, width: int) -> Line:
 
 def curves(view: RunView, width: int, height: int, notice: str) -> list[Line]:
     """The framed plot of training and validation loss over the steps."""
-    title = [seg("loss ", TITLE), seg("⠒ training ", ACCENT), seg("◆ validation ", WARM)]
+    title = [seg("loss ", TITLE), seg("⠒ training ", ACCENT), seg("◆ validation", WARM)]
     references = [
         Reference(value, style, name)
         for name, style in (("bigram", NOTE), ("unigram", VIOLET))
@@ -130,7 +130,8 @@ def phases(view: RunView, width: int, colour: bool) -> list[Line]:
     for name in PHASES:
         mark = "■" if colour else _PHASE_MARKS[name]
         value = f"{100 * shares[name]:.0f} %" if name in shares else "–"
-        legend += [seg(f"{mark} ", PHASE_STYLES[name]), seg(f"{name} ", DIM), seg(value, INK), seg("  ")]
+        word = name if width >= 72 else name[:4]
+        legend += [seg(f"{mark} ", PHASE_STYLES[name]), seg(f"{word} ", DIM), seg(value, INK), seg("  ")]
     return [spread([seg(" "), *bar], [], width), spread(legend, [], width)]
 
 

@@ -152,7 +152,7 @@ def plot(
 ) -> list[Line]:
     """`height` lines of `width` cells: the curves over a y axis with numbers and an x axis with steps."""
     rows = height - 1
-    names = _names(ticks(*y, max(2, rows // 3)))
+    names = _names(ticks(*y, max(3, rows // 3)))
     margin = max(4, *map(len, names.values()))
     canvas = Canvas(width - margin - 2, rows, x, y)
     for reference in references:

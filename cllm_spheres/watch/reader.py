@@ -13,7 +13,7 @@ from cllm_spheres.events import Record
 
 CHUNK_BYTES = 4 << 20  # of one read, so that a long run's file never stands in memory whole
 NUM_WHOLE = 200  # steps that are all read, at the start: a short run is seen step by step
-MOST_STEPS = 32  # of one read, after those
+MOST_STEPS = 12  # of one read, after those
 MOST_STEPS_BACKLOG = 2000  # of one read that catches up with what was written before
 BACKLOG_BYTES = 256 << 10
 
@@ -47,7 +47,7 @@ class Reader:
                 continue
             if isinstance(record, dict) and "kind" in record:
                 records.append(record)
-        return records or ([{"kind": ""}] if end else [])
+        return records or ([{"kind": "broken"}] if end else [])  # only [] means the end of the file
 
     def read_all(self) -> list[Record]:
         """All that is there now."""

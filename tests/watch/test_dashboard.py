@@ -126,6 +126,7 @@ def test_the_picture_shows_the_run(tmp_path):
     svg(run, tmp_path / "watch.svg", 120, 40)
     picture = (tmp_path / "watch.svg").read_text(encoding="utf-8")
     assert picture.startswith("<svg") and "amber-otter" in picture and "ended" in picture
+    assert "url(http" not in picture and "@font-face" not in picture
     assert read(run).current_step == 200
 
 

@@ -6,9 +6,12 @@ import io
 import re
 
 import pytest
+import typer
+from cllm_spheres_cli.watch import watch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cllm_spheres import events
 from cllm_spheres.errors import InputError
@@ -145,3 +148,22 @@ def test_broken_and_torn_lines_never_raise(tmp_path_factory, junk, cut):
     for record in first + reader.read_all():
         view.add(record)
     assert view.current_step == 3
+
+
+def test_the_command_shows_a_run_once_and_writes_its_picture_and_refuses_bad_input(tmp_path):
+    run = str(fake.write(tmp_path / "amber-otter", list(fake.records(2, until=30))))
+    app = typer.Typer()
+    app.command()(watch)
+
+    def call(*arguments: str):
+        return CliRunner().invoke(app, arguments)
+
+    shown = call(run, "--once")
+    assert shown.exit_code == 0 and "30/2000" in shown.output.splitlines()[-1]
+    assert call(run, "--svg", str(tmp_path / "a.svg")).exit_code == 0 and (tmp_path / "a.svg").exists()
+    for arguments, message in (
+        ((run + "s",), "Did you mean"),
+        ((run, "--svg", "/nothing/here.svg"), "Cannot write"),
+    ):
+        error = call(*arguments).exception
+        assert isinstance(error, InputError) and message in str(error) and error.exit_code == 2
