@@ -35,9 +35,10 @@ def data(
         table.add_row(name, *(f"{part[key]:,}" for key in ("documents", "bytes", "tokens")), ratio)
     console.print(table)
     skipped = describe_skipped(manifest["skipped"])
+    vocabulary = f"vocabulary {prepared.vocab_size:,}, end of text {prepared.eot}"
     facts = {
         "sources": ", ".join(manifest["sources"]),
-        "tokenizer": f"{manifest['tokenizer']}, vocabulary {prepared.vocab_size:,}, end of text {prepared.eot}",
+        "tokenizer": f"{manifest['tokenizer']}, {vocabulary}",
         "validation": f"{manifest['val_fraction']:g} of the text, split by {manifest['split']}",
         "skipped": ", ".join(skipped) or "nothing",
         "files": f"{manifest['dtype']}, sha256 as in the manifest, data {prepared.fingerprint[:16]}",

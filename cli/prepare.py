@@ -31,8 +31,9 @@ def prepare(
 ) -> None:
     """Turn text into tokens on disk, for `cllm-spheres train DIR`.
 
-    Reads plain text in any common encoding, html, .jsonl with a "text", gz, and with the extra `documents` PDF and
-    DOCX. What each file is, its content decides. Files that are hidden, binary or duplicates are skipped and counted.
+    Reads text in any common encoding, html, .jsonl with a "text", gz, and with
+    the extra `documents` PDF and DOCX, whatever the files are called. Skips and
+    counts hidden and binary files and exact duplicates.
     """
     from cllm_spheres_cli.progress import interruptible, progress_of
     from rich.console import Console
@@ -53,9 +54,9 @@ def prepare(
         )
     manifest = prepared.manifest
     console.print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, {manifest['tokens']:,} tokens of "
-        f"{manifest['tokenizer']} (vocabulary {manifest['vocab_size']:,}, {manifest['bytes_per_token']:.2f} bytes a "
-        f"token), {manifest['val']['tokens']:,} of them for validation.",
+        f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
+        f"{manifest['tokens']:,} tokens, {manifest['val']['tokens']:,} of them for validation; "
+        f"{manifest['tokenizer']} with a vocabulary of {manifest['vocab_size']:,}, {manifest['bytes_per_token']:.2f} bytes a token.",
         markup=False,
         highlight=False,
         soft_wrap=True,

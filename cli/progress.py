@@ -1,4 +1,4 @@
-"""Progress of preparing -> a bar with the remaining time on a terminal, else a few plain lines; and signals."""
+"""Progress of preparing -> a bar with the time left on a terminal, else a few plain lines; and signals."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Plain:
 
 @contextlib.contextmanager
 def interruptible(what: str) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP within become `Interrupted` with their exit code, after everything cleaned up."""
+    """SIGINT, SIGTERM and SIGHUP become `Interrupted` with their exit code, once all is cleaned up."""
 
     def stop(number: int, _: object) -> None:
         raise Interrupted(f"Stopped by {signal.Signals(number).name}. {what}", number)

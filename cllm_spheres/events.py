@@ -31,6 +31,7 @@ EVENTS = (
     "ready",  # seconds: what starting took
     "eta",  # seconds: what the run will take, from a rehearsal of one shard
     "resume",  # from_step
+    "refused",  # a damaged checkpoint that was passed over
     "replan",  # steps
     "fingerprint",  # differences: what differs from the run's first numerics
     "skip",  # a step whose gradient was not finite, under --on-nonfinite skip

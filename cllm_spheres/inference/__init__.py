@@ -1,1 +1,1 @@
-"""A checkpoint and a prompt -> text: cache, sampling, generation."""
+"""A trained model that writes: loading, logits, gradients, sampling."""

@@ -30,7 +30,7 @@ from cllm_spheres.model.gpt import compute_shard, evaluate_window
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import add, clock_ns, exchange_if, load, pause, store, wait_while, wake_all
-from cllm_spheres.text.batches import read_window, window_start
+from cllm_spheres.text.batches import read_window, shard, window_start
 
 # What a worker knows, int64: numbers, then addresses.
 FIELDS = (
@@ -125,11 +125,9 @@ def _compute(x, step):
     key = np.int64(key_of(x[SEED], PURPOSE_DROPOUT, step)) if x[HAS_DROPOUT] else 0
     length = x[BLOCK_SIZE]
     scale = 1.0 / (x[BATCH_SIZE] * length)
-    each, more = x[BATCH_SIZE] // x[NUM_SPHERES], x[BATCH_SIZE] % x[NUM_SPHERES]
     for sphere in range(x[WORKER], x[NUM_SPHERES], x[NUM_WORKERS]):
         start = _now(x)
-        first = each * sphere + min(sphere, more)
-        count = each + (1 if sphere < more else 0)
+        first, count = shard(x[BATCH_SIZE], x[NUM_SPHERES], sphere)
         for i in range(count):
             at = window_start(x[SEED], (step - 1) * x[BATCH_SIZE] + first + i, x[TRAIN_TOKENS], length)
             read_window(
@@ -365,7 +363,7 @@ def work(context):
             whole = _steps(x, first, last)
         elif kind == M.EVALUATE:
             _evaluate(x, first, last)
-        elif kind == M.REHEARSE:
+        elif kind == M.REHEARSE and x[WORKER] < last:
             _rehearse(x)
         elif kind == M.INITIALISE:
             for block in range(x[FIRST_BLOCK], x[LAST_BLOCK]):

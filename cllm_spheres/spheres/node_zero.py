@@ -41,10 +41,13 @@ def clean_environment() -> dict[str, str]:
 class NodeZero:
     """The spheres of one run. `memory` is valid from `start` to `close`."""
 
-    def __init__(self, job: Job, status: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, job: Job, status: Callable[[str], None] = lambda text: None, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """status: told what a person may want to know; look: called about ten times a second in `start` and `do`."""
         self.job = job
         self.memory = SharedMemory(job.sizes)
-        self._status = status
+        self._status, self._look = status, look
         self._lost: list[tuple[int, int, int]] = []  # worker, pid, wait status
         self._pids: dict[int, int] = {}
         self._ended: set[int] = set()
@@ -74,12 +77,14 @@ class NodeZero:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         while not self._warm.wait(LOOK_AROUND_S):
+            self._look()
             self._check_server()
         request = {"spawn": list(range(self.job.workers)), "job": self.job.to_dict()}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [self.memory.descriptor])
         ready = self.memory.worker_words()[:, M.W_READY]
         while not ready.all():
             self.wait_for_bell()
+            self._look()
             self.check()
 
     def close(self) -> None:
@@ -149,6 +154,7 @@ class NodeZero:
         self.give(kind, first, last)
         while not self.finished():
             self.wait_for_bell()
+            self._look()
             self.check()
 
     def finished(self) -> bool:
@@ -278,9 +284,9 @@ class NodeZero:
     def _set(self, word: int, value: int) -> None:
         atomics.store_word(self.memory.control(word), value)
 
-    def rehearsal_s(self) -> float:
-        """Seconds that one sequence took the slowest worker in the last REHEARSE."""
-        return float(self.memory.worker_words()[:, M.W_REHEARSAL_NS].max()) / 1e9
+    def rehearsal_s(self, workers: int) -> float:
+        """Seconds that one sequence took the slowest of the first workers in the last REHEARSE."""
+        return float(self.memory.worker_words()[:workers, M.W_REHEARSAL_NS].max()) / 1e9
 
     def statistics(self) -> dict[str, Any]:
         """Copies of the workers' and spheres' words."""

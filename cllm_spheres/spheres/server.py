@@ -66,6 +66,7 @@ class Server:
             worker.warm(Path(scratch.name))
         jit.mark_warm()
         gc.freeze()
+        self.say(status="")
         self.say(warm=time.monotonic() - start)
 
     def run(self) -> None:

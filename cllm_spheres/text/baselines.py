@@ -30,9 +30,9 @@ class NgramLosses:
 def ngram_losses(train_ids: Ids, contexts: Ids, targets: Ids, vocab_size: int) -> NgramLosses:
     """Loss of `targets` [N] after `contexts` [N] (any equal shapes) under counts of the training ids [M].
 
-    Unigram: (count + 1) / (M + V). Bigram: weight * count(a, b) / count(a) + (1 - weight) * unigram, with the
-    unigram alone where `a` was never seen; the weight is the best of 64 on the last tenth of the training ids,
-    counted on the rest. At most the first 50 M training ids are counted.
+    Unigram: (count + 1) / (M + V). Bigram: weight * count(a, b) / count(a) + (1 - weight) * unigram, with
+    the unigram alone where `a` was never seen; the weight is the best of 64 on the last tenth of the
+    training ids, counted on the rest. At most the first 50 M training ids are counted.
     """
     train_ids = train_ids[:MAX_TOKENS]
     contexts_N, targets_N = np.ravel(contexts), np.ravel(targets)

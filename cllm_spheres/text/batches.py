@@ -55,24 +55,8 @@ def read_window(corpus_address, item_bytes, num_tokens, start, inputs_T, targets
             targets_T[t] = np.int32(wide_ids[at])
 
 
-def evaluation_windows(num_tokens: int, block_size: int, eval_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pinned windows (starts, lengths; int64) of at most about eval_tokens predicted tokens.
-
-    Where the whole validation part fits, it is all of it, the last window shorter; else whole windows evenly
-    spread over it. A window of length T predicts T tokens and needs T + 1.
-    """
-    predictable = num_tokens - 1
-    if eval_tokens >= predictable:
-        starts = np.arange(0, predictable, block_size, dtype=np.int64)
-        return starts, np.minimum(block_size, predictable - starts)
-    count = max(1, eval_tokens // block_size)
-    whole = predictable // block_size
-    starts = (np.arange(count, dtype=np.int64) * whole // count) * block_size
-    return starts, np.full(count, block_size, np.int64)
-
-
-def shard_bounds(batch_size: int, num_spheres: int) -> list[tuple[int, int]]:
-    """The contiguous run [first, last) of a batch's sequences that each sphere owns; the first get one more."""
-    each, more = divmod(batch_size, num_spheres)
-    ends = [each * (s + 1) + min(s + 1, more) for s in range(num_spheres)]
-    return [(end - each - (s < more), end) for s, end in enumerate(ends)]
+@kernel
+def shard(batch_size, num_spheres, sphere):
+    """The run of a batch's sequences that a sphere owns: (first, count). The first spheres get one more."""
+    each, more = batch_size // num_spheres, batch_size % num_spheres
+    return each * sphere + min(sphere, more), each + (1 if sphere < more else 0)

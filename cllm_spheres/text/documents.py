@@ -15,7 +15,11 @@ _HTML = re.compile(
 )
 _HIDDEN = frozenset({"script", "style", "template", "svg", "noscript", "iframe", "object"})
 _BLOCKS = frozenset(
-    ["address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr", "html", "legend", "li", "main", "nav", "ol", "option", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "title", "tr", "ul"]
+    """
+    address article aside blockquote body br caption center dd details dialog div dl dt fieldset
+    figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html legend li main nav ol option p
+    pre section summary table tbody td tfoot th thead title tr ul
+    """.split()  # noqa: SIM905
 )
 
 

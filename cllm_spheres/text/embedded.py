@@ -1,8 +1,8 @@
-"""The running Python -> the text that is always there: the source of its standard library; and the minimal text."""
+"""The running Python -> the text that is always there: its standard library; and the minimal text."""
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib
 import os
 import platform
 import sysconfig
@@ -39,5 +39,8 @@ def embedded_name() -> str:
 
 def minimal_text() -> Path:
     """The path of minimal.txt: three lines of our own, for the smallest run."""
-    with importlib.resources.as_file(importlib.resources.files("cllm_spheres_data") / "minimal.txt") as path:
-        return path
+    data = importlib.import_module("cllm_spheres_data")  # importlib.resources fails on it when editable
+    for folder in data.__path__:
+        if (path := Path(folder) / "minimal.txt").is_file():
+            return path
+    raise InputError("The installation is damaged: it has no minimal.txt. Install cllm-spheres again.")

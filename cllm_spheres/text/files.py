@@ -63,7 +63,7 @@ class FileList:
 def list_files(paths: Sequence[str | Path]) -> FileList:
     """Walk files and folders in sorted order. InputError for a path that is missing or cannot be read."""
     found = FileList()
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(path) for path in paths]:
         try:
             status = os.stat(path)
         except OSError as error:
@@ -88,7 +88,7 @@ def _walk(folder: str, found: FileList) -> None:
         except OSError as error:
             found.skipped[reason_of(error)] += 1
             continue
-        if current != folder and _is_prepared(entries):
+        if _is_prepared(entries):
             found.skipped["prepared folder"] += 1
             continue
         folders = []

@@ -51,7 +51,8 @@ def check_target(target: Path) -> None:
 def building(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write into, removed at the end unless `publish` moved it.
 
-    InputError where it cannot be made. Folders above `target` are made, and removed again if nothing comes of it.
+    InputError where it cannot be made. Folders above `target` are made, and removed again if nothing comes
+    of it.
     """
     target = Path(os.path.realpath(target))
     made = [parent for parent in target.parents if not parent.exists()]

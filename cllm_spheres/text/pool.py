@@ -1,14 +1,16 @@
 """Tasks -> their results in order, from clean worker processes.
 
-Workers are subprocesses that import only this package: nothing of the caller is forked or imported again, so it
-works without a main guard, from a REPL and from a notebook.
+Workers are subprocesses that import only this package: nothing of the caller is forked or imported again,
+so it works without a main guard, from a REPL and from a notebook.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -56,7 +58,10 @@ class Pool:
             worker.kill()
 
     def map(self, tasks: Iterable[Task], report: Callable[[int], None] | None = None) -> Iterator[Task]:
-        """Results in the order of the tasks. RunFailed where a worker ends; `report` gets progress of tasks."""
+        """Results in the order of the tasks; `report` gets the bytes done in a long task.
+
+        RunFailed where a worker process ends.
+        """
         if not self._workers:
             for task in tasks:
                 yield run_task(task, report or (lambda done: None))
@@ -68,8 +73,9 @@ class Pool:
         with selectors.DefaultSelector() as selector:
             while True:
                 while idle and not exhausted and given < taken + _AHEAD * len(self._workers):
-                    task = next(waiting, None)
-                    if task is None:
+                    try:
+                        task = next(waiting)
+                    except StopIteration:
                         exhausted = True
                         break
                     worker = idle.popleft()
@@ -97,12 +103,17 @@ class _Worker:
     def __init__(self, processes: int) -> None:
         environment = os.environ | {"RAYON_NUM_THREADS": str(processes), "OPENBLAS_NUM_THREADS": "1"}
         paths = [path or os.getcwd() for path in sys.path]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps(paths)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        # Blocked signals stay blocked in the child, from its first instruction on: only the parent acts on them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(paths)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self.stdout = self._process.stdin, self._process.stdout
         self._rest = b""
@@ -141,7 +152,5 @@ class _Worker:
         self._process.kill()
         self._process.wait(timeout=10)
         for pipe in (self._stdin, self.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass

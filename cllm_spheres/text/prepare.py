@@ -2,8 +2,9 @@
 
     prepare(["books", "notes.txt"], "prepared/books", tokenizer="bpe", vocab_size=4096)
 
-Read and decode every file into a spool, drop duplicates, split, make the tokenizer, encode. Every stage streams in
-units whose borders depend on the text alone: the output is the same bytes for any number of processes.
+Read and decode every file into a spool, drop duplicates, split, make the tokenizer, encode. Every stage
+streams in units whose borders depend on the text alone: the output is the same bytes for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ READ_FILES = 1000
 JSONL_BYTES = 32 << 20  # a larger .jsonl is read in ranges of this
 UNIT_BYTES = 4 << 20  # text encoded by one task
 INLINE_BYTES = 2 << 20  # below, starting processes takes longer than the work
+BYTES_PER_PROCESS = 1 << 20  # of input files; more processes are not started
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def prepare(
     """Prepare files and folders of text (None: the embedded corpus) into the folder `out`.
 
     `vocab_size` is for bpe (default 1024, or what the text gives) and word (default: all, at most 65,536).
-    `processes` defaults to the usable cores; it does not change a byte. Needs free disk of about the text plus its
-    tokens. InputError for bad input; whatever happens, `out` is either untouched or whole.
+    `processes` defaults to the usable cores; it does not change a byte. Needs free disk of about the text
+    plus its tokens. InputError for bad input; whatever happens, `out` is either untouched or whole.
     """
     settings = Settings(tokenizer, vocab_size, val_fraction)
     settings.check()
@@ -102,6 +104,7 @@ def prepare_files(
     num_processes = processes or usable_cores()
     if files.total_bytes < INLINE_BYTES:
         num_processes = 0
+    num_processes = min(num_processes, 1 + files.total_bytes // BYTES_PER_PROCESS)
     with folder.building(out) as temporary:
         try:
             with Pool(num_processes) as pool:
@@ -124,7 +127,7 @@ def _cannot_write(out: Path, error: OSError) -> str:
     message = f"Cannot prepare into {out}: {error.strerror or error}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         message += " It needs about the size of the text and of its tokens (2 or 4 bytes each) at once."
-    return message + " Name another --out."
+    return message + " Give another folder: cllm-spheres prepare PATH --out DIR."
 
 
 class _Preparation:

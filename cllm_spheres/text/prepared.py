@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +39,7 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A prepared folder. `train` and `val` are read-only ids, uint16 or uint32 [N], on disk."""
 
@@ -143,8 +145,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a prepared folder: its manifest.json is of something else.")
     if manifest.get("version") != folders.VERSION:
         raise InputError(
-            f"{folder} has version {manifest.get('version')} of the format, this program reads {folders.VERSION}. "
-            "Prepare the text anew."
+            f"{folder} has version {manifest.get('version')} of the format, this program reads "
+            f"{folders.VERSION}. Prepare the text anew."
         )
     if not manifest.keys() >= _KEYS or manifest["manifest_sha256"] != folders.manifest_hash(manifest):
         raise _damaged(folder, "manifest.json was changed after it was written")
@@ -174,9 +176,10 @@ def prepare_cached(
 ) -> Prepared:
     """The prepared form of some text, made only once: what `train PATH` calls.
 
-    A prepared folder is opened as it is. Raw text (None: the embedded corpus) is prepared into the cache under a
-    hash of its contents and the settings; a second key of paths, sizes and times saves reading it again. Several
-    processes may do this at the same time. InputError for bad input and where the cache cannot be written.
+    A prepared folder is opened as it is. Raw text (None: the embedded corpus) is prepared into the cache
+    under a hash of its contents and the settings; a second key of paths, sizes and times saves reading it
+    again. Several processes may do this at the same time. InputError for bad input and where the cache
+    cannot be written.
     """
     from cllm_spheres.text.embedded import embedded_files, embedded_name
     from cllm_spheres.text.files import list_files
@@ -195,34 +198,39 @@ def prepare_cached(
     cache = cache_folder()
     quick = cache / "keys" / _quick_key(files, settings)
     try:
-        name = quick.read_text()
-    except OSError:
+        return Prepared.open(cache / quick.read_text())
+    except (OSError, InputError):
         name = _content_key(files, settings)
     target = cache / name
+    if target.exists():
+        try:
+            prepared = Prepared.open(target)
+            _remember(quick, name)
+            return prepared
+        except InputError:
+            shutil.rmtree(target, ignore_errors=True)  # damaged: it is made anew
     try:
-        return Prepared.open(target)
-    except InputError:
-        pass  # not there yet, or damaged: it is made anew
-    try:
-        quick.parent.mkdir(parents=True, exist_ok=True)
-        damaged = target.exists()
-        prepared = prepare_files(
-            files, sources, target, settings, progress=progress, keep_existing=not damaged
-        )
-        temporary = quick.with_name(f"{quick.name}.{os.getpid()}")
-        temporary.write_text(name)
-        temporary.replace(quick)
+        cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(_no_cache(cache, error.strerror)) from None
-    except InputError:
-        if not os.access(cache, os.W_OK):
-            raise InputError(_no_cache(cache, "no permission to write")) from None
-        raise
+    if not os.access(cache, os.W_OK | os.X_OK):
+        raise InputError(_no_cache(cache, "Permission denied"))
+    prepared = prepare_files(files, sources, target, settings, progress=progress, keep_existing=True)
+    _remember(quick, name)
     return prepared
 
 
+def _remember(quick: Path, name: str) -> None:
+    """Note which cache entry these paths, sizes and times belong to; it only saves time."""
+    with contextlib.suppress(OSError):
+        quick.parent.mkdir(exist_ok=True)
+        temporary = quick.with_name(f"{quick.name}.{os.getpid()}")
+        temporary.write_text(name)
+        temporary.replace(quick)
+
+
 def cache_folder() -> Path:
-    """Where prepared text is kept: $XDG_CACHE_HOME or ~/.cache, below cllm-spheres/prepared. Safe to delete."""
+    """Where prepared text is kept, below $XDG_CACHE_HOME or ~/.cache. Safe to delete."""
     top = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(top) / "cllm-spheres" / "prepared"
 
@@ -251,7 +259,10 @@ def _settings_hash(settings: Settings) -> Any:
 def _quick_key(files: FileList, settings: Settings) -> str:
     digest = _settings_hash(settings)
     for path in files.paths:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue  # it vanished
         record = [
             os.path.abspath(path),
             status.st_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,10 +31,11 @@ _MARKS = (  # UTF-32 before UTF-16: its mark begins with the other's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Control characters that occur in texts: bell, backspace, tab, line feeds, form feed, return, escape (colours).
+# Texts do hold bell, backspace, tab, line feeds, form feed, return and escape (colours).
 _CONTROL = np.array([(b < 32 and b not in b"\a\b\t\n\v\f\r\x1b") or b == 127 for b in range(256)])
 _UNDEFINED = np.isin(np.arange(256), [0x81, 0x8D, 0x8F, 0x90, 0x9D])  # in cp1252
 _COMMON = np.array([chr(b).isalnum() or chr(b).isspace() for b in range(128)] + [False] * 128)
+_TEXT_KEY = re.compile(r'"(text|content)"\s*:')
 _MAX_CONTROL = 0.02  # random bytes have 0.09
 _MAX_HIGH = 0.3  # of a cp1252 text; Cyrillic or Greek in their 8-bit sets have 0.7
 _MIN_COMMON = 0.6  # letters, digits and blanks in a cp1252 text
@@ -46,8 +48,8 @@ class _NotJsonLines(Exception):
 def read_file(path: str, spool: SpoolWriter, begin: int = 0, end: int | None = None) -> Counter[str]:
     """Append the documents of a file to the spool; counts of what was left out.
 
-    `begin` and `end` are given for a .jsonl only: its lines that start in these bytes. OSError while writing the
-    spool is raised, while reading it is counted.
+    `begin` and `end` are given for a .jsonl only: its lines that start in these bytes. OSError while
+    writing the spool is raised, while reading it is counted.
     """
     skipped: Counter[str] = Counter()
     mark = spool.mark()
@@ -57,7 +59,7 @@ def read_file(path: str, spool: SpoolWriter, begin: int = 0, end: int | None = N
 
     try:
         if end is not None:
-            _read_text(chunks, "utf-8", spool, skipped)
+            skipped = _read_json_lines(_decoded(chunks, "utf-8"), spool, known=True)
         else:
             _read_content(path, chunks, spool, skipped)
     except NotText as reason:
@@ -101,7 +103,7 @@ def _until_empty(file: BinaryIO) -> Iterator[bytes]:
 
 def _gz_chunks(source: Chunks) -> Iterator[bytes]:
     try:
-        with gzip.open(_ChunkFile(source())) as file:
+        with gzip.GzipFile(fileobj=_ChunkFile(source()), mode="rb") as file:  # type: ignore[call-overload]
             yield from _until_empty(file)  # type: ignore[arg-type]
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise NotText("damaged gz") from None
@@ -174,7 +176,7 @@ def encoding_of(chunks: Chunks, head: bytes) -> str:
 
 
 def _is_utf8(chunks: Chunks) -> tuple[bool | None, bool]:
-    """Whether UTF-8 of more than one byte a character occurs (None: it is not UTF-8), and is cut off at the end."""
+    """Whether characters of several bytes occur (None: no UTF-8), and whether the last one is cut off."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     multibyte = False
     try:
@@ -213,17 +215,22 @@ def _read_text(chunks: Chunks, encoding: str, spool: SpoolWriter, skipped: Count
         spool.write(html.finish())
         _end(spool)
         return
-    if head.lstrip().startswith("{"):
+    if _may_be_json_lines(head):
         mark = spool.mark()
         try:
-            counted = _read_json_lines(_decoded(chunks, encoding), spool)
-            skipped.update(counted)
+            skipped.update(_read_json_lines(_decoded(chunks, encoding), spool))
             return
         except _NotJsonLines:
             spool.abort(mark)
     for text in _decoded(chunks, encoding):
         spool.write(text)
     _end(spool)
+
+
+def _may_be_json_lines(head: str) -> bool:
+    """Whether it is worth reading the first line, which may be very long, as JSON."""
+    line, newline, _ = head.lstrip().partition("\n")
+    return line.startswith("{") and bool(newline or len(head) < 1000 or _TEXT_KEY.search(line))
 
 
 def _whole(spool: SpoolWriter, text: str) -> None:
@@ -236,9 +243,9 @@ def _end(spool: SpoolWriter) -> None:
         raise NotText("empty")
 
 
-def _read_json_lines(texts: Iterator[str], spool: SpoolWriter) -> Counter[str]:
+def _read_json_lines(texts: Iterator[str], spool: SpoolWriter, known: bool = False) -> Counter[str]:
+    """A document a line; _NotJsonLines where the first line is none, unless the file is `known` to be .jsonl."""
     skipped: Counter[str] = Counter()
-    first = True
     for line in _lines(texts):
         if not line.strip():
             continue
@@ -249,11 +256,11 @@ def _read_json_lines(texts: Iterator[str], spool: SpoolWriter) -> Counter[str]:
             record, broken = None, True
         text = text_of(record)
         if text is None:
-            if first:
+            if not known:
                 raise _NotJsonLines
             skipped["broken jsonl line" if broken else "jsonl line without text"] += 1
             continue
-        first = False
+        known = True
         spool.write(text)
         if not spool.end():
             skipped["empty"] += 1

@@ -15,8 +15,8 @@ MIN_DOCUMENTS = 20  # with fewer, the last part of the text is for validation
 def split_documents(rows: npt.NDArray[np.void], val_fraction: float, work: Path) -> tuple[Part, Part, str]:
     """Training part, validation part, and "document" or "position": how the text was split.
 
-    By document: those whose hash falls below the fraction, so that a document stays in its part when others come
-    and go. By position: at white space near the wanted byte. The training part is never empty.
+    By document: those whose hash falls below the fraction, so that a document stays in its part when others
+    come and go. By position: at white space near the wanted byte. The training part is never empty.
     """
     total = int(rows["size"].sum(dtype=np.int64))
     if len(rows) < MIN_DOCUMENTS:

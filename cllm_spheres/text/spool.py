@@ -1,7 +1,7 @@
 """Decoded documents -> plain UTF-8 files and an index on disk; ranges of that text -> pieces to tokenize.
 
-Everything after reading works on this spool, so a PDF is parsed once and a file that changes meanwhile does no
-harm. Where text is cut depends on the text alone, never on the number of processes.
+Everything after reading works on this spool, so a PDF is parsed once and a file that changes meanwhile does
+no harm. Where text is cut depends on the text alone, never on the number of processes.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class SpoolReader:
         last = int(np.searchsorted(self.starts, high, "left"))
         for d in range(first, last):
             begin, end = self._edge(d, low), self._edge(d, high)
-            starts_here = begin == 0 and self.starts[d] > self.part.low
+            starts_here = begin == 0 and int(self.starts[d]) > self.part.low
             here = begin
             while here < end:
                 nominal = ((here + CUT_WINDOW) // PIECE_BYTES + 1) * PIECE_BYTES
@@ -133,8 +133,8 @@ class SpoolReader:
     def cut(self, d: int, nominal: int, newline_window: int = CUT_WINDOW) -> int:
         """Where to cut document d, at most CUT_WINDOW before byte `nominal`.
 
-        After a new line (at most `newline_window` before), else before a blank, else between two characters. It
-        never decreases with `nominal`.
+        After a new line (at most `newline_window` before), else before a blank, else between two
+        characters. It never decreases with `nominal`.
         """
         low = max(0, nominal - CUT_WINDOW)
         window = self._read(d, low, nominal + 1)

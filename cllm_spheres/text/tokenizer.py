@@ -1,7 +1,8 @@
 """Text -> token ids, and back: bytes, characters, words, or byte-level BPE.
 
-Every tokenizer has `kind`, `vocab_size`, `eot` (the end-of-text token, always the last id), `encode`, `decode`,
-`token_bytes` and `save`. No text, whatever it contains, encodes to `eot`: it only ever separates documents.
+Every tokenizer has `kind`, `vocab_size`, `eot` (the end-of-text token, always the last id), `encode`,
+`decode`, `token_bytes` and `save`. No text, whatever it contains, encodes to `eot`: it only ever separates
+documents.
 """
 
 # V vocabulary, N tokens
@@ -175,7 +176,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, end of text included; fewer where the texts give no more.
+    """Byte-level BPE of `vocab_size` tokens, end of text included, or fewer where the texts give no more.
 
     The result does not depend on the number of threads: pairs of equal count are merged in id order.
     """

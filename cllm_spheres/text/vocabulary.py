@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.text.spool import Part
@@ -26,7 +27,7 @@ SAMPLE_BYTES = 64 << 20  # text on which bpe is trained: 8k tokens take about te
 SAMPLE_RANGE_BYTES = 1 << 20
 MAX_WORDS = 5_000_000  # words counted at a time; beyond it those seen once are forgotten
 
-RunTasks = Callable[[list[dict], str], list[dict]]  # tasks, stage -> results in order
+RunTasks = Callable[[list[dict[str, Any]], str], Iterator[dict[str, Any]]]  # tasks, stage -> results in order
 
 
 def check_vocabulary(kind: str, vocab_size: int | None) -> None:
@@ -56,10 +57,10 @@ def make_tokenizer(
     ranges: dict[str, list[tuple[int, int]]],
     run: RunTasks,
 ) -> tuple[Tokenizer, list[str]]:
-    """A tokenizer for the spooled parts, and sentences on how it was made. InputError where the size cannot be.
+    """A tokenizer for the spooled parts, and notes on how it was made. InputError where the size cannot be.
 
-    `ranges` are the units of text of each part. char sees all characters; word and bpe learn from the training
-    part alone.
+    `ranges` are the units of text of each part. char sees all characters; word and bpe learn from the
+    training part alone.
     """
     if kind == "byte":
         return ByteTokenizer(), []
@@ -73,7 +74,7 @@ def make_tokenizer(
 def _char(
     vocab_size: int | None, work: Path, ranges: dict[str, list[tuple[int, int]]], run: RunTasks
 ) -> Tokenizer:
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"do": "characters", "work": str(work), "part": part, "low": low, "high": high}
         for part, bounds in ranges.items()
         for low, high in bounds
@@ -84,8 +85,9 @@ def _char(
     tokenizer = CharTokenizer(seen)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise InputError(
-            f"--vocab-size {vocab_size}: this text has {tokenizer.vocab_size - 1} different characters, which with "
-            f"end of text is a vocabulary of {tokenizer.vocab_size}. Leave --vocab-size out, or take --tokenizer bpe."
+            f"--vocab-size {vocab_size}: this text has {tokenizer.vocab_size - 1} different characters, "
+            f"with end of text a vocabulary of {tokenizer.vocab_size}. Leave --vocab-size out, or take "
+            "--tokenizer bpe."
         )
     return tokenizer
 
@@ -93,7 +95,7 @@ def _char(
 def _word(
     vocab_size: int | None, work: Path, bounds: list[tuple[int, int]], run: RunTasks
 ) -> tuple[Tokenizer, list[str]]:
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {
             "do": "words",
             "work": str(work),
@@ -115,8 +117,8 @@ def _word(
             notes = [f"Words were counted {MAX_WORDS:,} at a time: rare ones may be missing."]
     if vocab_size is not None and vocab_size > len(counts) + 2:
         raise InputError(
-            f"--vocab-size {vocab_size} is more than the text gives: its training part has {len(counts):,} different "
-            f"words. Give --vocab-size {len(counts) + 2} (with unknown and end of text) or less."
+            f"--vocab-size {vocab_size} is more than the text gives: its training part has {len(counts)} "
+            f"different words. Give --vocab-size {len(counts) + 2} (with unknown and end of text) or less."
         )
     most = (vocab_size or DEFAULT_WORDS) - 2
     words = sorted(counts, key=lambda word: (-counts[word], word))[:most]
@@ -143,7 +145,7 @@ def _bpe(vocab_size: int | None, work: Path, train: Part, run: RunTasks) -> tupl
     (result,) = run([task | {"out": str(out)}], "vocabulary")
     if vocab_size is not None and result["vocab_size"] < vocab_size:
         raise InputError(
-            f"--vocab-size {vocab_size} is more than the text gives: bpe finds {result['vocab_size']} tokens in it. "
-            f"Give --vocab-size {result['vocab_size']} or less, or more text."
+            f"--vocab-size {vocab_size} is more than the text gives: bpe finds {result['vocab_size']} "
+            f"tokens in it. Give --vocab-size {result['vocab_size']} or less, or more text."
         )
     return load_tokenizer(out), notes

@@ -1,7 +1,7 @@
-"""One task of preparing (a plain dict) -> files in the work folder and a plain dict: what a worker process runs.
+"""One task of preparing (a plain dict) -> files in the work folder and a plain dict: what a worker runs.
 
-Tasks say what to do by numbers and paths only, so they travel as lines of JSON. What a task writes is a function of
-the task and the files it names, so it does not matter which worker runs it, or when.
+Tasks say what to do by numbers and paths only, so they travel as lines of JSON. What a task writes is a
+function of the task and the files it names, so it does not matter which worker runs it, or when.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _parallel:
 
     def __exit__(self, *_: object) -> None:
         if self._before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = self._before
 
@@ -146,9 +146,9 @@ _TASKS: dict[str, Callable[[Task, Report], Task]] = {
 
 def forget(work: Path) -> None:
     """Close what `run_task` keeps open for a work folder."""
-    for key in [key for key in _readers if key[0] == str(work)]:
+    for key in [key for key in list(_readers) if key[0] == str(work)]:
         _readers.pop(key).close()
-    for path in [path for path in _tokenizers if Path(path).parent in (work, work.parent)]:
+    for path in [path for path in list(_tokenizers) if Path(path).parent in (work, work.parent)]:
         del _tokenizers[path]
 
 
@@ -157,8 +157,6 @@ def main() -> None:
     import ctypes
     import signal
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the parent decides
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the results

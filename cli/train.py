@@ -1,0 +1,121 @@
+"""`cllm-spheres train`: text in, a trained run out. Its options are the fields of `Config`, with their help."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cllm_spheres.config import PRESETS, Config, flag
+
+PANELS = {
+    "Run": ("preset", "workers", "spheres", "steps", "epochs", "batch_size", "seed", "stop_at", "dtype"),
+    "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout"),
+    "Text": ("tokenizer", "vocab_size"),
+    "Optimizer": (
+        "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2", "weight_decay", "clip", "on_nonfinite",
+    ),
+    "Evaluation and checkpoints": ("eval_every", "eval_tokens", "save_every", "keep"),
+}  # fmt: skip
+
+
+def _option(name: str) -> inspect.Parameter:
+    """The command-line option of a field of Config; unset is None, so that presets and files can decide."""
+    field = Config.model_fields[name]
+    annotation: Any = field.annotation
+    words = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+    metavar = None
+    if typing.get_origin(annotation) is typing.Literal:
+        annotation, metavar = str, "|".join(words)
+    elif words:
+        annotation = words[0]
+    elif name == "preset":
+        metavar = "|".join(PRESETS)
+    text = field.description or ""
+    if field.default is not None and name not in ("preset", "bias"):
+        text += f" Default: {field.default}, or the preset's." if _varies(name) else f" Default: {field.default}."
+    panel = next(title for title, names in PANELS.items() if name in names)
+    flags = [f"{flag(name)}/--no-{name}"] if annotation is bool else [flag(name)]
+    option = typer.Option(*flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option])
+
+
+def _varies(name: str) -> bool:
+    return any(name in values for values in PRESETS.values())
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A prepared folder, or a file or folder of text. Default: the source text of Python's standard library."
+        ),
+    ] = None,
+    *,
+    run: Annotated[Path | None, typer.Option(help="The folder of the run. Default: a new one in runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run, exactly.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE.toml")] = None,
+    **options: Any,
+) -> None:
+    """Train a small GPT on every core, and watch it.
+
+    The same seed, spheres and batch give the same bits on any number of workers.
+
+    Ctrl+C saves and leaves; --resume goes on from there.
+    """
+    from cllm_spheres_cli.progress import interruptible, progress_of
+    from rich.console import Console
+
+    from cllm_spheres.errors import InputError
+    from cllm_spheres.training import folder, session
+
+    console = Console()
+    given = {name: value for name, value in options.items() if value is not None}
+    if resume:
+        if run is None:
+            raise InputError("--resume needs --run: which run shall go on?")
+        if config is not None:
+            raise InputError("--resume takes its configuration from the run: leave --config out.")
+        plan, finished = folder.plan_resume(run, given, data)
+        if finished:
+            print(finished)
+            return
+    else:
+        with interruptible("Nothing was trained."), progress_of(console) as progress:
+            plan = session.new_run(data, given, run=run, file=config, progress=progress)
+    code, message = _watch(plan, plain)
+    print(message, file=None if code == 0 else typer.get_text_stream("stderr"))
+    if code == 0:
+        print(f"Let it write: cllm-spheres generate {plan.run}")
+    raise typer.Exit(code)
+
+
+def _watch(plan: Any, plain: bool) -> tuple[int, str]:
+    """Start Node Zero and show what it does until it ends."""
+    import time
+
+    from cllm_spheres.training import session
+    from cllm_spheres.training.launch import signals_passed_on
+    from cllm_spheres.watch.follow import POLL_S, Follower
+
+    launch = session.start(plan)
+    with signals_passed_on(launch), Follower(plan.run, plain=plain or None) as follower:
+        while launch.alive:
+            follower.notice(launch.status)
+            follower.poll()
+            time.sleep(POLL_S)
+        return launch.finish()
+
+
+_own = inspect.signature(train).parameters
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [p for p in _own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    + [_option(name) for names in PANELS.values() for name in names]
+)
+train.__annotations__ |= {name: _option(name).annotation for name in Config.model_fields}
+assert {name for names in PANELS.values() for name in names} == set(Config.model_fields)

@@ -1,0 +1,93 @@
+"""The library: `train`, `load`. Imported when first used."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm_spheres.errors import Interrupted, RunFailed
+from cllm_spheres.inference.model import Model, load
+from cllm_spheres.training import folder, session
+from cllm_spheres.training.launch import signals_passed_on
+
+__all__ = ["Model", "Run", "load", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk."""
+
+    path: Path
+
+    def metrics(self, kind: str = "step") -> list[dict[str, Any]]:
+        """The records of metrics.jsonl of one kind: "step", "eval", "spheres" or "event"; the last of a step wins."""
+        from cllm_spheres.events import read
+
+        records = [record for record in read(self.path / "metrics.jsonl") if record["kind"] == kind]
+        if kind in ("step", "eval"):
+            return list({record["step"]: record for record in records}.values())
+        return records
+
+    def load(self, checkpoint: str | int | None = None) -> Model:
+        """The trained model: its best checkpoint, or "last", or a step."""
+        return load(self.path, checkpoint)
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    config: str | Path | None = None,
+    quiet: bool = False,
+    **options: Any,
+) -> Run:
+    """Train as `cllm-spheres train` does, in processes of their own, and return the run when it has ended.
+
+    data: a prepared folder, or a file or folder of text; None is the embedded corpus. options: the fields of
+    `cllm_spheres.config.Config`, such as preset, steps, workers. quiet: print no lines.
+
+    Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
+    and KeyboardInterrupt after Ctrl+C; the run is saved then.
+    """
+    from cllm_spheres.config import merge
+    from cllm_spheres.errors import InputError
+    from cllm_spheres.watch.follow import POLL_S, Follower
+
+    source = None if data is None else Path(data)
+    if resume:
+        if run is None:
+            raise InputError("resume needs `run`: which run shall go on?")
+        merge(options)  # names unknown options
+        plan, finished = folder.plan_resume(Path(run), options, source)
+        if finished:
+            if not quiet:
+                print(finished)
+            return Run(Path(run))
+    else:
+        plan = session.new_run(source, options, run=Path(run) if run else None, file=Path(config) if config else None)
+    launch = session.start(plan)
+    with signals_passed_on(launch):
+        if quiet:
+            while launch.alive:
+                time.sleep(POLL_S)
+        else:
+            with Follower(plan.run, plain=True) as follower:
+                while launch.alive:
+                    follower.notice(launch.status)
+                    follower.poll()
+                    time.sleep(POLL_S)
+        code, message = launch.finish()
+    if code == 130:
+        print(message, file=sys.stderr)
+        raise KeyboardInterrupt(message)
+    if code > 128:
+        raise Interrupted(message, code - 128)
+    if code == 2:
+        raise InputError(message)
+    if code:
+        raise RunFailed(message)
+    return Run(plan.run)

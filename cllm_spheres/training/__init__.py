@@ -1,0 +1,1 @@
+"""A configuration and prepared text -> a run: planned, launched, trained, evaluated, saved, resumed."""

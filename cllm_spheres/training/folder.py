@@ -1,0 +1,148 @@
+"""A run folder: config.toml written and read back, new names, and what a resume may change.
+
+    RUN/config.toml     the resolved configuration, and where the data are
+    RUN/metrics.jsonl   what happened
+    RUN/checkpoints/    see cllm_spheres.checkpoint
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.config import Config, build, flag, read_toml, to_toml
+from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.plan import check_memory
+
+DATA_KEYS = ("data", "data_fingerprint")
+MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What Node Zero's process needs to run: everything is checked."""
+
+    run: Path
+    config: Config
+    prepared: Prepared
+    stop_at: int | None = None
+    resume: bool = False
+
+
+def new_name(preset: str | None) -> Path:
+    """runs/NAME that does not exist yet: the preset and the time."""
+    name = time.strftime(f"{preset or 'run'}-%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        path = Path("runs") / (name + suffix)
+        if not path.exists():
+            return path
+    raise InputError("runs/ is full of runs of this very second.")
+
+
+def check_new(run: Path) -> None:
+    """InputError where a run cannot be made here; called before the long work of preparing text."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        hint = f"Continue it with: cllm-spheres train --resume --run {run}. " if (run / "config.toml").exists() else ""
+        raise InputError(f"{run} exists already. {hint}Or give another --run.")
+    folder = run
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"No permission to write in {folder.resolve()}. Give another --run.")
+
+
+def create(run: Path, config: Config, prepared: Prepared) -> None:
+    """Make the folder with its config.toml; nothing is left where that fails."""
+    check_new(run)
+    made = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(run, config, prepared)
+    except OSError as error:
+        if made:
+            shutil.rmtree(run, ignore_errors=True)
+        raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
+
+
+def write_config(run: Path, config: Config, prepared: Prepared) -> None:
+    """config.toml, replaced at once."""
+    extra = {"data": str(Path(prepared.folder).resolve()), "data_fingerprint": prepared.fingerprint}
+    temporary = run / ".config.toml.new"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(to_toml(config.model_copy(update={"stop_at": None, "epochs": None}), extra))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(run / "config.toml")
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run, and where its data are; InputError where it is no run."""
+    if not (run / "config.toml").is_file():
+        parent = run.parent
+        known = [p.parent.name for p in parent.glob("*/config.toml")] if parent.is_dir() else []
+        hint = f" In {parent}: {nearest(run.name, known)}" if known else ""
+        raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
+    values = read_toml(run / "config.toml")
+    data = {key: values.pop(key, None) for key in DATA_KEYS}
+    try:
+        return build(values), data
+    except InputError as error:
+        raise InputError(f"{run / 'config.toml'} is damaged: {error}") from None
+
+
+def plan_resume(run: Path, given: dict[str, Any], data: Path | None) -> tuple[Plan, str | None]:
+    """A run as it stands, with new workers, steps or stop_at; the second value says that it is finished already.
+
+    InputError where another model or other data are asked for, or the data have changed.
+    """
+    config, where = read_config(run)
+    for key, value in given.items():
+        if key not in MAY_CHANGE and getattr(config, key) != value:
+            raise InputError(
+                f"{run} was begun with {flag(key)} {getattr(config, key)}, and {value} was given. A resume keeps what the"
+                f" run is; only {', '.join(map(flag, MAY_CHANGE))} may change. Begin a new run for another configuration."
+            )
+    prepared = Prepared.open(data or where["data"])
+    if prepared.fingerprint != where["data_fingerprint"]:
+        raise InputError(
+            f"{run} was begun with other data: {prepared.folder} has fingerprint {prepared.fingerprint[:12]},"
+            f" the run's is {str(where['data_fingerprint'])[:12]}. Give the folder that it was begun with."
+        )
+    steps, stop_at, workers = given.get("steps"), given.get("stop_at"), given.get("workers")
+    reached = max(Store(run).steps(), default=0)
+    if steps is not None and steps < reached:
+        raise InputError(f"--steps {steps} is before step {reached}, which {run} has reached. Give {reached} or more.")
+    if workers is not None and config.spheres is not None and workers > config.spheres:
+        raise InputError(f"--workers {workers} are more than the run's {config.spheres} spheres. Give {config.spheres} or fewer.")
+    horizon = steps or config.steps
+    assert horizon is not None
+    finished = None
+    if reached >= horizon:
+        finished = f"{run} is finished: step {reached} of {horizon}. Go on with --steps {2 * reached}."
+    elif stop_at is not None and stop_at <= reached:
+        finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
+    update = {key: value for key, value in (("workers", workers), ("steps", steps)) if value is not None}
+    config = build(config.model_dump() | update)
+    if not finished:
+        check_memory(config, prepared)
+    return Plan(run, config, prepared, stop_at, resume=True), finished
+
+
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint and why newer ones were refused; None for a run that has saved none yet."""
+    store = Store(run)
+    store.tidy()
+    return store.newest_good() if store.steps() else (None, [])

@@ -1,0 +1,106 @@
+"""A plan -> Node Zero in a process of its own, and its outcome.
+
+For the command and the library alike: the caller may be a notebook with threads, numpy and a forkserver running,
+or a script without a main guard; none of that reaches Node Zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from cllm_spheres.spheres.node_zero import clean_environment
+from cllm_spheres.training.folder import Plan
+from cllm_spheres.training.signals import STOP_SIGNALS
+
+
+class Launch:
+    """Node Zero at work on a plan. `alive` and `status` may be read at any time; `finish` waits for the outcome."""
+
+    def __init__(self, plan: Plan, changes: dict[str, Any] | None = None) -> None:
+        self.plan = plan
+        self.status = ""
+        self._outcome: dict[str, Any] | None = None
+        self._errors: deque[str] = deque(maxlen=40)
+        # Blocked here, the signals are blocked in the child from its first instruction on.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "cllm_spheres.training.process"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        order = {
+            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": changes or {}, "resume": plan.resume,
+            "stop_at": plan.stop_at, "launcher": os.getpid(),
+        }  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._read_errors)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                self.status = message.get("status", self.status)
+                self._outcome = message.get("outcome", self._outcome)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._errors.append(line.decode(errors="replace"))
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to Node Zero; a second one makes it leave at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end: the exit code and what to tell the user."""
+        code = self.process.wait()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        if self._outcome is not None:
+            return self._outcome["code"], self._outcome["message"]
+        if 128 <= code < 160:
+            return code, f"Left at once. Go on from the last checkpoint: cllm-spheres train --resume --run {self.plan.run}"
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        said = "".join(self._errors).strip()
+        return 1, (
+            f"Node Zero (pid {self.process.pid}) {how}. Go on from the last checkpoint:"
+            f" cllm-spheres train --resume --run {self.plan.run}" + (f"\nIt said:\n{said}" if said else "")
+        )
+
+
+@contextlib.contextmanager
+def signals_passed_on(launch: Launch) -> Iterator[None]:
+    """While inside, the signals that ask for an end go to Node Zero; only where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda n, frame: launch.pass_on(n)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Finished steps in shared memory -> lines of metrics.jsonl, about ten times a second."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cllm_spheres.errors import RunFailed
+from cllm_spheres.events import dumps, event
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.node_zero import NodeZero
+
+
+class Metrics:
+    """Appends records to metrics.jsonl and counts the run's tokens."""
+
+    def __init__(self, path: Path, *, total_tokens: int = 0) -> None:
+        self.path = path
+        self.total_tokens = total_tokens
+        self.last_loss = float("nan")
+        self._previous_end_ns = time.monotonic_ns()
+        try:
+            self._file = path.open("a+b", buffering=0)
+            size = self._file.seek(0, 2)
+            self._file.seek(max(0, size - 1))
+            if size and self._file.read(1) != b"\n":
+                self._file.write(b"\n")  # a line torn by a death: it stays broken, the next begins anew
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be written: {error.strerror}.") from None
+
+    def write(self, *records: dict[str, Any]) -> None:
+        """Append records; RunFailed where the disk refuses."""
+        try:
+            self._file.write("".join(dumps(record) + "\n" for record in records).encode())
+        except OSError as error:
+            raise RunFailed(f"{self.path} cannot be written: {error.strerror}. Checkpoints are intact.") from None
+
+    def event(self, name: str, message: str, step: int, **fields: Any) -> None:
+        """Append an event."""
+        self.write(event(name, message, step=step, time=time.time(), **fields))
+
+    def start_clock(self) -> None:
+        """The next step's `seconds` count from now."""
+        self._previous_end_ns = time.monotonic_ns()
+
+    def steps(self, node_zero: NodeZero, first: int, after: int) -> int:
+        """Write the steps after `after` that are done, of a command that began with `first`; the last one done."""
+        done = node_zero.done
+        if done <= after:
+            return after
+        words, doubles = node_zero.memory.ring_words(), node_zero.memory.ring_doubles()
+        tokens = node_zero.job.batch_size * node_zero.job.shape.block_size
+        per_worker = 1e-9 / node_zero.job.workers
+        lines = []
+        for step in range(after + 1, done + 1):
+            w, d = words[step - first].tolist(), doubles[step - first].tolist()
+            seconds = (w[M.R_END_NS] - self._previous_end_ns) * 1e-9
+            other = (w[M.R_START_NS] - self._previous_end_ns) * 1e-9
+            self._previous_end_ns = w[M.R_END_NS]
+            compute, gather, update = (
+                w[word] * per_worker for word in (M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM)
+            )
+            self.total_tokens += tokens
+            self.last_loss = d[M.R_LOSS]
+            lines.append({
+                "kind": "step", "step": step, "loss": d[M.R_LOSS], "lr": d[M.R_LR], "grad_norm": d[M.R_NORM],
+                "clipped_norm": d[M.R_CLIPPED], "tokens": tokens, "total_tokens": self.total_tokens,
+                "time": w[M.R_REAL_NS] * 1e-9, "seconds": seconds, "tokens_per_s": tokens / seconds,
+                "compute_s": compute, "waiting_s": max(0.0, seconds - other - compute - gather - update),
+                "gather_s": gather, "update_s": update, "other_s": max(0.0, other),
+            })  # fmt: skip
+            if w[M.R_SKIPPED]:
+                lines.append(event(
+                    "skip", f"Step {step} was skipped: its gradient was not finite (loss {d[M.R_LOSS]}).",
+                    step=step, time=w[M.R_REAL_NS] * 1e-9,
+                ))  # fmt: skip
+        self.write(*lines)
+        return done
+
+
+class SphereSampler:
+    """About once a second: throughput, waiting, state and memory of each sphere since the sample before."""
+
+    def __init__(self, node_zero: NodeZero, interval_s: float = 1.0) -> None:
+        self._node_zero = node_zero
+        self._interval_s = interval_s
+        self._processes = {worker: psutil.Process(pid) for worker, pid in node_zero.pids.items()}
+        self._all = [*self._processes.values(), psutil.Process(node_zero.server_pid), psutil.Process()]
+        self._time = time.monotonic()
+        self._cpu_s = self._cpu_seconds()
+        self._before = node_zero.statistics()
+
+    def _cpu_seconds(self) -> float:
+        total = 0.0
+        for process in self._all:
+            try:
+                times = process.cpu_times()
+                total += times.user + times.system
+            except psutil.Error:
+                pass  # it has just ended
+        return total
+
+    def _memory(self, process: psutil.Process) -> int:
+        try:
+            info = process.memory_info()
+            return int(info.rss - info.shared)
+        except psutil.Error:
+            return 0
+
+    def sample(self, step: int) -> dict[str, Any] | None:
+        """A record of kind "spheres", or None where the last one is younger than the interval."""
+        now = time.monotonic()
+        passed = now - self._time
+        if passed < self._interval_s:
+            return None
+        job, after, before = self._node_zero.job, self._node_zero.statistics(), self._before
+        cpu_s = self._cpu_seconds()
+        spent = after["workers"] - before["workers"]
+        busy = spent[:, [M.W_COMPUTE_NS, M.W_GATHER_NS, M.W_UPDATE_NS]].sum(axis=1)
+        waited = spent[:, M.W_WAIT_NS]
+        share = np.where(busy + waited > 0, waited / np.maximum(busy + waited, 1), 0.0)
+        own = {worker: self._memory(process) for worker, process in self._processes.items()}
+        worker = [sphere % job.workers for sphere in range(job.spheres)]
+        tokens = (after["spheres"] - before["spheres"])[:, M.P_TOKENS]
+        segment = self._node_zero.memory.regions.stride
+        record = {
+            "kind": "spheres", "step": step, "time": time.time(), "worker": worker,
+            "throughput": [round(float(t) / passed, 1) for t in tokens],
+            "waiting": [round(float(share[w]), 4) for w in worker],
+            "state": [M.STATES[int(after["workers"][w, M.W_STATE])] for w in worker],
+            "memory": [segment + own.get(w, 0) // max(1, -(-(job.spheres - w) // job.workers)) for w in worker],
+            "cpu_percent": round(100 * (cpu_s - self._cpu_s) / passed, 1),
+            "memory_bytes": self._node_zero.memory.regions.total + sum(map(self._memory, self._all)),
+        }  # fmt: skip
+        self._time, self._cpu_s, self._before = now, cpu_s, after
+        return record

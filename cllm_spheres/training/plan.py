@@ -1,0 +1,167 @@
+"""Options, prepared text and this machine -> a resolved `Config` in which nothing is left open, or an InputError.
+
+Everything that cannot work is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cllm_spheres.config import Config, flag
+from cllm_spheres.errors import InputError
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.machine import available_memory, check_platform, size, usable_cores
+from cllm_spheres.spheres.memory import Regions
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.text.windows import evaluation_windows
+
+WORKER_BYTES = 12_000_000  # of a forked worker besides its arena, measured at 8 to 12 MB
+EVAL_BATCHES = 32
+LONGEST_EVAL_INTERVAL = 250
+
+
+def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
+    """Fill in what the data, the preset and the machine decide; `given` names what the user set himself."""
+    check_platform()
+    check_shape(config)
+    _check_text(config, prepared)
+    values = config.model_dump()
+    values.update(_places(config, given))
+    batch_size = values["batch_size"]
+    values["tokenizer"] = prepared.manifest["tokenizer"]
+    values["vocab_size"] = prepared.vocab_size
+    values["ff_width"] = config.ff_width or 4 * config.width
+    if config.epochs is not None:
+        windows = len(prepared.train) // config.block_size
+        values["steps"] = max(1, math.ceil(config.epochs * windows / batch_size))
+    steps = values["steps"]
+    assert steps is not None, "every preset names steps or epochs"
+    if config.warmup is None:
+        values["warmup"] = min(100, steps // 10)
+    if config.min_lr is None:
+        values["min_lr"] = config.lr / 10
+    if config.eval_every is None:
+        values["eval_every"] = max(1, min(LONGEST_EVAL_INTERVAL, steps // 8))
+    if config.save_every is None:
+        values["save_every"] = values["eval_every"]
+    if config.eval_tokens is None:
+        values["eval_tokens"] = EVAL_BATCHES * batch_size * config.block_size
+    resolved = Config(**values)
+    check_memory(resolved, prepared)
+    return resolved
+
+
+def check_shape(config: Config) -> None:
+    """InputError where the model's sizes do not fit each other."""
+    if config.width % config.heads:
+        fitting = [h for h in range(1, config.width + 1) if config.width % h == 0]
+        nearest = min(fitting, key=lambda h: abs(h - config.heads))
+        raise InputError(
+            f"--heads {config.heads} does not divide --width {config.width}: {config.width} = {config.heads} * "
+            f"{config.width // config.heads} + {config.width % config.heads}. Try --heads {nearest}."
+        )
+    if config.warmup is not None and config.steps is not None and config.warmup > config.steps:
+        raise InputError(f"--warmup {config.warmup} is longer than the run, --steps {config.steps}.")
+    if config.min_lr is not None and config.min_lr > config.lr:
+        raise InputError(f"--min-lr {config.min_lr} is above --lr {config.lr}.")
+
+
+def _check_text(config: Config, prepared: Prepared) -> None:
+    train, val = len(prepared.train), len(prepared.val)
+    if train < config.block_size + 1:
+        raise InputError(
+            f"The training text has {train:,} tokens, shorter than one block: --block-size {config.block_size} needs"
+            f" {config.block_size + 1:,}. Give more text or a smaller --block-size."
+        )
+    if val < 2:
+        raise InputError(
+            f"The validation part has {val} tokens, and 2 are needed to predict one."
+            " Give more text, or prepare it with a larger --val-fraction."
+        )
+
+
+def _places(config: Config, given: set[str]) -> dict[str, int]:
+    """Workers, spheres and batch size, so that every core is busy and the bits depend on what was asked."""
+    cores = len(usable_cores())
+    batch_size, spheres, workers = config.batch_size, config.spheres, config.workers
+    assert batch_size is not None and spheres is not None, "every preset names both"
+    has_spheres, has_batch = "spheres" in given, "batch_size" in given
+    if "workers" not in given and workers is None:
+        workers = min(cores, 156)
+        if has_spheres:
+            workers = min(workers, spheres)
+        if has_batch:
+            workers = min(workers, batch_size)
+    assert workers is not None
+    if has_spheres and workers > spheres and "workers" not in given:
+        workers = spheres
+    if has_spheres and workers > spheres:
+        raise InputError(
+            f"{workers} workers are more than --spheres {spheres}: each worker computes at least one sphere."
+            f" Try --spheres {workers} or --workers {spheres}."
+        )
+    if not has_spheres:
+        # A batch given smaller than the preset's spheres takes fewer of them; more workers raise them.
+        spheres = max(min(spheres, batch_size), workers)
+    if not has_batch:
+        batch_size = max(batch_size, spheres)
+    if spheres > batch_size:
+        raise InputError(
+            f"{spheres} spheres are more than --batch-size {batch_size}: each sphere needs at least one sequence of"
+            f" every batch. Try --batch-size {spheres}, or {flag('spheres')} and {flag('workers')} of {batch_size} or less."
+        )
+    return {"workers": workers, "spheres": spheres, "batch_size": batch_size}
+
+
+def shape_of(config: Config) -> Shape:
+    """The model's shape of a resolved configuration."""
+    assert config.vocab_size is not None and config.ff_width is not None
+    return Shape(
+        config.vocab_size, config.block_size, config.layers, config.heads, config.width, config.ff_width, config.bias
+    )
+
+
+def make_job(config: Config, prepared: Prepared) -> Job:
+    """What the workers need to know of a resolved configuration."""
+    assert config.batch_size and config.spheres and config.workers and config.eval_tokens
+    cores = usable_cores()
+    starts, _ = evaluation_windows(len(prepared.val), config.block_size, config.eval_tokens)
+    folder = Path(prepared.folder).resolve()
+    return Job(
+        shape=shape_of(config), batch_size=config.batch_size, spheres=config.spheres, workers=config.workers,
+        seed=config.seed, train=str(folder / "train.bin"), val=str(folder / "val.bin"),
+        item_bytes=prepared.train.dtype.itemsize, train_tokens=len(prepared.train), val_tokens=len(prepared.val),
+        num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
+        weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
+        skip_nonfinite=config.on_nonfinite == "skip",
+        cores=cores[: config.workers] if config.workers <= len(cores) else [],
+    )  # fmt: skip
+
+
+def memory_bytes(job: Job) -> int:
+    """What a run of this job takes: the shared memory, and each worker's own."""
+    from cllm_spheres.model.geometry import geometry
+
+    arena = geometry(Layout(job.shape), largest_shard=job.largest_shard, dropout=job.dropout).arena_floats * 4
+    return Regions(job.sizes).total + job.workers * (arena + WORKER_BYTES)
+
+
+def check_memory(config: Config, prepared: Prepared) -> None:
+    """InputError that says what is needed, what is there and what would fit."""
+    job = make_job(config, prepared)
+    needed, available = memory_bytes(job), available_memory()
+    if needed <= available:
+        return
+    segment = Layout(job.shape).size * 4
+    fitting = job.spheres - math.ceil((needed - available) / segment)
+    if fitting >= 1:
+        hint = f"{fitting} spheres would fit: try --spheres {fitting} --workers {min(job.workers, fitting)}."
+    else:
+        hint = "No number of spheres would fit: try a smaller --preset, --width, --layers or --vocab-size."
+    raise InputError(
+        f"Not enough memory: {Layout(job.shape).num_parameters:,} parameters with {job.spheres} spheres and"
+        f" {job.workers} workers need {size(needed)}, {size(available)} are available"
+        f" (each sphere's segment takes {size(segment)}). {hint}"
+    )

@@ -1,0 +1,89 @@
+"""Node Zero's process: `python -m cllm_spheres.training.process`, launched by `launch.py` for the command and library.
+
+It reads one JSON line from standard input, and keeps that open: its end means that the launcher died. It writes
+JSON lines to standard output: {"status": text} while it starts, {"outcome": {...}} at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from cllm_spheres.checkpoint.lock import lock
+from cllm_spheres.config import build
+from cllm_spheres.errors import Interrupted, SpheresError
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
+from cllm_spheres.training.trainer import Trainer
+
+
+def say(**message: Any) -> None:
+    """One line for the launcher, if it still listens."""
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except OSError:
+        pass  # the launcher is gone; the run's folder holds everything
+
+
+def run_training(order: dict[str, Any]) -> dict[str, Any]:
+    """Train as ordered; the outcome: code, message and the run's folder."""
+    run = Path(order["run"])
+    with lock(run):
+        config, where = read_config(run)
+        prepared = Prepared.open(order["data"] or where["data"])
+        steps_before = config.steps
+        config = build(config.model_dump() | order["changes"])
+        checkpoint, refused = newest_checkpoint(run) if order["resume"] else (None, [])
+        trainer = Trainer(
+            run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"],
+            status=lambda text: say(status=text),
+        )  # fmt: skip
+        at = checkpoint.step if checkpoint else 0
+        for reason in refused:
+            trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
+        if order["changes"] or order["data"]:
+            write_config(run, config, prepared)
+        if config.steps != steps_before:
+            trainer.metrics.event(
+                "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,
+                steps=config.steps,
+            )  # fmt: skip
+        try:
+            reason = trainer.train(checkpoint)
+        except Interrupted as error:
+            resume = f"Go on with: cllm-spheres train --resume --run {run}"
+            trainer.metrics.event("end", f"{error} {resume}", trainer.step, reason="signal")
+            return {"code": error.exit_code, "message": f"{error}\n{resume}"}
+        except SpheresError as error:
+            last = max(trainer.store.steps(), default=None)
+            saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {trainer.store.path(last)}."
+            message = f"{type(error).__name__}: {error}\n{saved}"
+            trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
+            return {"code": error.exit_code, "message": message}
+        path = trainer.store.path(trainer.step)
+        trainer.metrics.event("end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path))
+        return {"code": 0, "message": f"Ended at step {trainer.step:,}. The run is in {run}"}
+
+
+def main() -> None:
+    """Obey the order on standard input."""
+    order = json.loads(sys.stdin.buffer.raw.readline())
+    try:
+        outcome = run_training(order)
+    except SpheresError as error:
+        outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
+    except BaseException:
+        traceback.print_exc()
+        outcome = {"code": 1, "message": traceback.format_exc()}
+    say(outcome=outcome)
+    sys.stdout.flush()
+    os._exit(outcome["code"])  # threads that wait for signals would hold a normal exit
+
+
+if __name__ == "__main__":
+    main()
