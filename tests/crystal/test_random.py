@@ -105,6 +105,22 @@ def test_normal_is_the_inverse_of_the_distribution_function():
     assert np.abs(normal - expected).max() < 1e-13
 
 
+def test_normal_is_right_in_its_far_tails():
+    for hash_64 in (
+        2**12,
+        2**16,
+        2**20,
+        2**24,
+        2**27,
+        2**28,
+        2**40,
+    ):  # uniforms from 3e-16 up; others by symmetry
+        for wanted in (hash_64, 2**64 - hash_64):
+            index = np.uint64(index_with_hash(wanted))
+            expected = NormalDist().inv_cdf(random.uniform(np.uint64(0), index))
+            assert abs(random.normal(np.uint64(0), index) - expected) < 1e-13
+
+
 def test_normal_has_its_moments():
     out = np.full(1_000_000, np.nan)
     normals(KEY, out)

@@ -48,6 +48,17 @@ def test_backward_equals_its_twin(n, c, bias, accumulate, rng, buffer):
         assert_close(dbias, 5 * accumulate + expected[2])
 
 
+def test_epsilon_counts_where_the_variance_is_small(rng, buffer):
+    x, gain, shift = (
+        3e-3 * rng.standard_normal((5, 33), np.float32),
+        np.ones(33, np.float32),
+        np.empty(0, np.float32),
+    )
+    out, mean, rstd = buffer(5, 33), buffer(5), buffer(5)
+    layernorm_forward(x, gain, shift, out, mean, rstd)
+    assert_close(out, naive.layernorm_forward(x.astype(float), gain))
+
+
 def test_a_constant_row_becomes_the_bias(buffer):
     x, gain, shift = np.full((2, 19), 7, np.float32), np.ones(19, np.float32), np.full(19, 0.5, np.float32)
     out, mean, rstd = buffer(2, 19), buffer(2), buffer(2)
