@@ -36,7 +36,7 @@ EVENTS = (
     "fingerprint",  # differences: what differs from the run's first numerics
     "skip",  # a step whose gradient was not finite, under --on-nonfinite skip
     "saved",  # path, seconds
-    "best",  # val_loss, path
+    "best",  # as saved, with val_loss: the lowest so far
     "turned_up",  # validation loss has risen: best_step, best_loss
     "stopping",  # signal
     "failed",  # error

@@ -214,11 +214,14 @@ class Trainer:
         )  # fmt: skip
         self.saved = self.step
         seconds = time.monotonic() - began
-        self.metrics.event("saved", f"Saved {path} in {seconds:.2f} s.", self.step, path=str(path), seconds=seconds)
         if best:
             self.store.mark_best(self.step)
-            self.metrics.event("best", f"Step {self.step} is the best so far.", self.step, val_loss=self.best_loss, path=str(path))  # fmt: skip
         self.store.prune(self.config.keep)
+        self.metrics.event(
+            "best" if best else "saved",
+            f"Saved step {self.step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
+            self.step, path=str(path), seconds=seconds, val_loss=self.best_loss,
+        )  # fmt: skip
         return path
 
     def _state(self) -> dict[str, Any]:
