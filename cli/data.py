@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from cllm_spheres.text.tokenizer import Tokenizer
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 80
@@ -56,7 +61,7 @@ def data(
                 console.print(_shown(prepared.tokenizer, sample), soft_wrap=True)
 
 
-def _shown(tokenizer, sample):  # type: ignore[no-untyped-def]
+def _shown(tokenizer: Tokenizer, sample: list[int]) -> Text:
     """The text of a sample; end of text as a line of its own, control characters made harmless."""
     from rich.text import Text
 

@@ -56,7 +56,8 @@ def prepare(
     console.print(
         f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
         f"{manifest['tokens']:,} tokens, {manifest['val']['tokens']:,} of them for validation; "
-        f"{manifest['tokenizer']} with a vocabulary of {manifest['vocab_size']:,}, {manifest['bytes_per_token']:.2f} bytes a token.",
+        f"{manifest['tokenizer']} with a vocabulary of {manifest['vocab_size']:,}, "
+        f"{manifest['bytes_per_token']:.2f} bytes a token.",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -103,7 +103,7 @@ class _Worker:
     def __init__(self, processes: int) -> None:
         environment = os.environ | {"RAYON_NUM_THREADS": str(processes), "OPENBLAS_NUM_THREADS": "1"}
         paths = [path or os.getcwd() for path in sys.path]
-        # Blocked signals stay blocked in the child, from its first instruction on: only the parent acts on them.
+        # Blocked signals stay blocked in the child, from its first instruction on: only the parent acts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             self._process = subprocess.Popen(

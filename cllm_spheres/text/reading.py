@@ -244,7 +244,7 @@ def _end(spool: SpoolWriter) -> None:
 
 
 def _read_json_lines(texts: Iterator[str], spool: SpoolWriter, known: bool = False) -> Counter[str]:
-    """A document a line; _NotJsonLines where the first line is none, unless the file is `known` to be .jsonl."""
+    """A document a line; _NotJsonLines where the first is none, unless the file is `known` to be .jsonl."""
     skipped: Counter[str] = Counter()
     for line in _lines(texts):
         if not line.strip():

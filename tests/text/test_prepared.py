@@ -1,0 +1,202 @@
+"""Opening prepared folders, damaged ones among them, and the cache of `train PATH`."""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from cllm_spheres.errors import InputError
+from cllm_spheres.text import prepare as prepare_module
+from cllm_spheres.text.embedded import embedded_files, minimal_text
+from cllm_spheres.text.prepare import prepare
+from cllm_spheres.text.prepared import Prepared, cache_folder, prepare_cached
+
+TEXT = "one two three four\n" * 50
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    return prepare([source], tmp_path / "out", vocab_size=270).folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cllm-spheres" / "prepared"
+
+
+def test_an_opened_folder_gives_its_tokens_and_tokenizer(folder):
+    prepared = Prepared.open(str(folder))
+    prepared.verify()
+    assert prepared.tokenizer.decode(np.concatenate([prepared.train, prepared.val])) == TEXT
+    assert (prepared.vocab_size, prepared.eot) == (270, 269)
+    assert prepared.token_bytes.shape == (270,)
+    with pytest.raises(ValueError):
+        prepared.train[0] = 1
+
+
+def test_the_fingerprint_is_that_of_the_data(folder, source, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    fingerprint = Prepared.open(folder).fingerprint
+    assert Prepared.open(moved).fingerprint == fingerprint
+    assert prepare([source], moved, vocab_size=269).fingerprint != fingerprint
+    assert prepare([source], moved, vocab_size=270, val_fraction=0.2).fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "manifest.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=name):
+        Prepared.open(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
+def test_a_file_cut_short_is_named_with_both_sizes(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-2])
+    with pytest.raises(
+        InputError, match=f"{name} has {len(data) - 2:,} bytes instead of {len(data):,}.*anew"
+    ):
+        Prepared.open(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
+def test_verify_finds_a_single_changed_byte(folder, name):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"{name} has sha256"):
+        Prepared.open(folder).verify()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"x"', b"{}", b"\xff\0"])
+def test_a_damaged_manifest_is_bad_input(folder, data):
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(InputError, match=str(folder)):
+        Prepared.open(folder)
+
+
+def test_a_changed_manifest_is_noticed(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change in ({"vocab_size": 271}, {"train": {"tokens": 1}}, {"manifest_sha256": "0"}):
+        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(InputError, match="was changed"):
+            Prepared.open(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(InputError, match=r"version 99 .* reads 1"):
+        Prepared.open(folder)
+
+
+def test_a_path_that_is_no_prepared_folder_says_how_to_make_one(tmp_path, source):
+    for path, message in (
+        (tmp_path / "none", "There is no prepared folder"),
+        (source, "is not a folder"),
+        (tmp_path, "no manifest.json"),
+    ):
+        with pytest.raises(InputError, match=f"{message}.*\n?.*cllm-spheres prepare"):
+            Prepared.open(path)
+
+
+def test_raw_text_is_prepared_once_and_found_again_by_content(source, cache, monkeypatch, tmp_path):
+    first = prepare_cached([source], "byte")
+    assert first.folder.parent == cache == cache_folder()
+    monkeypatch.setattr(prepare_module, "prepare_files", None)
+    assert prepare_cached([source], "byte").folder == first.folder
+    copy = tmp_path / "copy.txt"
+    copy.write_text(TEXT)
+    assert prepare_cached(str(copy), "byte").folder == first.folder
+
+
+def test_other_text_and_other_settings_are_other_data(source, cache):
+    folders = {prepare_cached([source], *options).folder for options in (
+        ("byte",), ("char",), ("bpe", 270), ("bpe", 269), ("byte", None, 0.2))}  # fmt: skip
+    source.write_text(TEXT[:-2] + "!\n")
+    folders.add(prepare_cached([source], "byte").folder)
+    assert len(folders) == 6
+
+
+def test_a_prepared_folder_is_opened_as_it_is(folder, cache):
+    assert prepare_cached([folder], "byte").folder == folder
+    assert prepare_cached(folder).folder == folder
+    assert not cache.exists()
+
+
+def test_a_damaged_prepared_folder_is_not_taken_for_text(folder):
+    (folder / "val.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"val\.bin has 0 bytes"):
+        prepare_cached([folder])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin"])
+def test_a_damaged_cache_entry_is_made_anew(source, name):
+    first = prepare_cached([source], "byte")
+    (first.folder / name).write_bytes(b"x")
+    again = prepare_cached([source], "byte")
+    again.verify()
+    assert again.folder == first.folder
+
+
+def test_many_at_once_do_each_other_no_harm(source, cache):
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: prepare_cached([source], "char"), range(16)))
+    assert len({str(result.folder) for result in results}) == 1
+    for result in results:
+        result.verify()
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_a_cache_that_cannot_be_written_points_to_prepare(source, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"Cannot write the cache .*prepare PATH --out DIR"):
+        prepare_cached([source], "byte")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(InputError, match=r"Permission denied.*prepare PATH --out DIR"):
+        prepare_cached([source], "byte")
+
+
+def test_bad_text_is_still_bad_text_with_a_cache(source, tmp_path):
+    with pytest.raises(InputError, match="is more than the text gives"):
+        prepare_cached([source], "bpe", 5000)
+    with pytest.raises(InputError, match="No such file"):
+        prepare_cached([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="No text found"):
+        prepare_cached([tmp_path / "empty"])
+
+
+def test_the_embedded_corpus_is_the_standard_library_without_tests():
+    files = embedded_files()
+    names = [path.replace(os.sep, "/") for path in files.paths]
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert any(name.endswith("/json/decoder.py") for name in names)
+    assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
+    assert all(name.endswith(".py") for name in names)
+    assert files.total_bytes > 5_000_000
+
+
+def test_the_minimal_text_is_there_and_small():
+    text = minimal_text().read_text(encoding="utf-8")
+    assert 0 < len(text.encode()) < 200
+    prepared = prepare_cached([minimal_text()], "byte", 257)
+    assert prepared.tokenizer.decode(np.concatenate([prepared.train, prepared.val])) == text
+    assert len(prepared.val) > 8, "an evaluation needs one block of the preset minimal and its target"
+
+
+@pytest.mark.slow
+def test_the_embedded_corpus_is_prepared_and_cached():
+    first = prepare_cached(None, "bpe", 512)
+    assert first.manifest["tokens"] > 1_000_000 and "standard library" in first.manifest["sources"][0]
+    assert prepare_cached(None, "bpe", 512).folder == first.folder
