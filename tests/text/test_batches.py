@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.text.batches import read_window, window_start
-from cllm_spheres.text.windows import evaluation_windows, shard_bounds
+from cllm_spheres.text.batches import read_window, shard, window_start
+from cllm_spheres.text.windows import evaluation_windows
 
 SEED = 7
 
@@ -134,13 +132,13 @@ def test_a_part_of_the_validation_is_spread_over_it(num_tokens, block_size, eval
     assert gaps.size == 0 or gaps.max() - gaps.min() <= block_size
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.integers(1, 156))
 def test_shards_are_contiguous_and_the_first_get_one_sequence_more(batch_size, num_spheres):
     assume(num_spheres <= batch_size)
-    bounds = shard_bounds(batch_size, num_spheres)
-    assert len(bounds) == num_spheres
-    assert bounds[0][0] == 0 and bounds[-1][1] == batch_size
-    assert all(one[1] == next_one[0] for one, next_one in pairwise(bounds))
-    sizes = [last - first for first, last in bounds]
+    shards = [shard(batch_size, num_spheres, sphere) for sphere in range(num_spheres)]
+    assert [first for first, _ in shards] == [
+        sum(count for _, count in shards[:s]) for s in range(num_spheres)
+    ]
     each, more = divmod(batch_size, num_spheres)
-    assert sizes == [each + 1] * more + [each] * (num_spheres - more)
+    assert [count for _, count in shards] == [each + 1] * more + [each] * (num_spheres - more)
