@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 import typer
-
-from cllm_spheres.errors import SpheresError
 from cllm_spheres_cli.data import data
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.train import train
 from cllm_spheres_cli.watch import watch
+
+from cllm_spheres.errors import SpheresError
 
 app = typer.Typer(
     name="cllm-spheres",

@@ -17,7 +17,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 1337,
     checkpoint: Annotated[
-        str | None, typer.Option(help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP")
+        str | None,
+        typer.Option(
+            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
+        ),
     ] = None,
 ) -> None:
     """Let a trained model write."""

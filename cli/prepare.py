@@ -16,9 +16,7 @@ def prepare(
             metavar="PATH...",
         ),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="The folder to write; a prepared folder there is replaced.")
-    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="The folder to write; a prepared folder there is replaced.")] = ...,  # type: ignore[assignment]
     tokenizer: Annotated[str, typer.Option(help="byte, char, word or bpe.")] = "bpe",
     vocab_size: Annotated[
         int | None,

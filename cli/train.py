@@ -1,7 +1,5 @@
 """`cllm-spheres train`: text in, a trained run out. Its options are the fields of `Config`, with their help."""
 
-from __future__ import annotations
-
 import inspect
 import types
 import typing
@@ -41,7 +39,9 @@ def _option(name: str) -> inspect.Parameter:
     panel = next(title for title, names in PANELS.items() if name in names)
     flags = [f"{flag(name)}/--no-{name}"] if annotation is bool else [flag(name)]
     option = typer.Option(*flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
+    )
 
 
 def _varies(name: str) -> bool:
@@ -52,7 +52,7 @@ def train(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="A prepared folder, or a file or folder of text. Default: the source text of Python's standard library."
+            help="A prepared folder, or a file or folder of text. Default: the source of Python's standard library."
         ),
     ] = None,
     *,

@@ -1,9 +1,9 @@
 """Train a small GPT on every core of a CPU server, with the same bits for any number of workers.
 
-    import cllm_spheres as cs
-    run = cs.train("folder", preset="small", workers=2)
-    model = cs.load(run.path)
-    print(model.generate("import ", tokens=80, seed=7))
+import cllm_spheres as cs
+run = cs.train("folder", preset="small", workers=2)
+model = cs.load(run.path)
+print(model.generate("import ", tokens=80, seed=7))
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0"
 
 __all__ = [
-    "InputError", "Interrupted", "Model", "NonFinite", "Run", "RunFailed", "SphereLost", "SpheresError", "load", "train",
+    "InputError", "Interrupted", "Model", "NonFinite", "Run", "RunFailed", "SphereLost", "SpheresError",
+    "load", "train",
 ]  # fmt: skip
-_LAZY = ("Model", "Run", "load", "train")  # numba and all the rest are imported when one of these is first used
+_LAZY = (
+    "Model",
+    "Run",
+    "load",
+    "train",
+)  # numba and all the rest are imported when one of these is first used
 
 
 def __getattr__(name: str) -> Any:

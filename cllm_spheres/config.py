@@ -26,8 +26,19 @@ class Config(BaseModel):
 
     preset: str | None = Field(None, description="A named size: minimal, tiny, small, medium, large, gpt2.")
 
-    workers: int | None = Field(None, ge=1, le=MAX_SPHERES, description="Worker processes. Default: the physical cores this process may use.")  # fmt: skip
-    spheres: int | None = Field(None, ge=1, le=MAX_SPHERES, description="Logical workers; each owns a shard of every batch. The bits depend on this, not on --workers. Default: the preset's.")  # fmt: skip
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SPHERES,
+        description="Worker processes. Default: the physical cores this process may use.",
+    )
+    spheres: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SPHERES,
+        description="Logical workers; each owns a shard of every batch. The bits depend on this, not on "
+        "--workers. Default: the preset's.",
+    )
     steps: int | None = Field(None, ge=1, description="Optimizer steps; the horizon of the schedule.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training text, instead of --steps.")
     batch_size: int | None = Field(None, ge=1, description="Sequences in a batch.")
@@ -36,31 +47,53 @@ class Config(BaseModel):
     layers: int = Field(4, ge=1, description="Transformer blocks.")
     heads: int = Field(4, ge=1, description="Attention heads; they divide the width.")
     width: int = Field(128, ge=1, description="Channels of the residual stream.")
-    ff_width: int | None = Field(None, ge=1, description="Channels of the feed-forward layer. Default: 4 x width.")  # fmt: skip
+    ff_width: int | None = Field(None, ge=1, description="Channels of the feed-forward layer. Default: 4 x width.")
     bias: bool = Field(True, description="Biases in linear layers and layer norms, as GPT-2 has them.")
 
-    tokenizer: Literal["byte", "char", "word", "bpe"] = Field("bpe", description="How raw text becomes tokens: byte, char, word or bpe.")  # fmt: skip
-    vocab_size: int | None = Field(None, ge=1, description="Vocabulary for bpe and word. Default: the preset's.")  # fmt: skip
+    tokenizer: Literal["byte", "char", "word", "bpe"] = Field(
+        "bpe",
+        description="How raw text becomes tokens: byte, char, word or bpe.",
+    )
+    vocab_size: int | None = Field(None, ge=1, description="Vocabulary for bpe and word. Default: the preset's.")
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum (--beta1).")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     min_lr: float | None = Field(None, ge=0, description="Learning rate at the end. Default: a tenth of --lr.")
-    warmup: int | None = Field(None, ge=0, description="Steps of linear warm-up. Default: a tenth of the steps, at most 100.")  # fmt: skip
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="Learning rate after warm-up: cosine, linear, constant, or wsd (stable, then a linear decay over the last fifth).")  # fmt: skip
+    warmup: int | None = Field(
+        None,
+        ge=0,
+        description="Steps of linear warm-up. Default: a tenth of the steps, at most 100.",
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="Learning rate after warm-up: cosine, linear, constant, or wsd (stable, then a linear "
+        "decay over the last fifth).",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment; the momentum of sgd.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
     clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; 0 or 'none' is off.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped while training.")
     dtype: Literal["fp32"] = Field("fp32", description="Arithmetic of the kernels.")
-    seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")  # fmt: skip
+    seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")
 
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations. Default: an eighth of the run, at most 250.")  # fmt: skip
-    eval_tokens: int | None = Field(None, ge=1, description="Validation tokens for one evaluation, at pinned places. Default: 32 batches.")  # fmt: skip
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between evaluations. Default: an eighth of the run, at most 250.",
+    )
+    eval_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Validation tokens for one evaluation, at pinned places. Default: 32 batches.",
+    )
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: --eval-every.")
     keep: int = Field(3, ge=1, description="Checkpoints kept besides the best.")
     stop_at: int | None = Field(None, ge=1, description="Save and end after this step; the schedule stays.")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="What a NaN or infinite gradient does: stop the run, or skip the step.")  # fmt: skip
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What a NaN or infinite gradient does: stop the run, or skip the step.",
+    )
 
 
 # A preset is only its differences. S1 to S5 of the benchmarks are tiny to gpt2.
@@ -97,9 +130,13 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
     chosen |= {key: value for key, value in given.items() if value is not None}
     for key in chosen:
         if key not in Config.model_fields:
-            raise InputError(f"There is no option {key!r}{f' in {file}' if file else ''}: {nearest(key, Config.model_fields)}")
+            raise InputError(
+                f"There is no option {key!r}{f' in {file}' if file else ''}: {nearest(key, Config.model_fields)}"
+            )
     if chosen.get("steps") is not None and chosen.get("epochs") is not None:
-        raise InputError(f"Both steps ({chosen['steps']}) and epochs ({chosen['epochs']}) were given: give one of them.")
+        raise InputError(
+            f"Both steps ({chosen['steps']}) and epochs ({chosen['epochs']}) were given: give one of them."
+        )
     values = preset_values(chosen.get("preset"))
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if chosen.get(one) is not None:

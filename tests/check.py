@@ -15,9 +15,7 @@ def assert_close(actual, expected, tolerance=FLOAT32, name=""):
     largest = np.abs(expected).max()
     difference = np.abs(np.asarray(actual, np.float64) - expected).max()
     # written so that a NaN fails
-    assert difference <= tolerance * largest, (
-        f"{name} is off by {difference:.3g}, its largest is {largest:.3g}"
-    )
+    assert difference <= tolerance * largest, f"{name} is off by {difference:.3g}, its largest is {largest:.3g}"
 
 
 def derivative(loss, x, direction, step=1e-4):

@@ -226,21 +226,15 @@ def naive_loss_and_gradients(shape: Shape, parameters, inputs_BT, targets_BT, ma
         w, x, ln1, qkv, att, mid, ln2, up, act = layers[layer]
         g = {}
         ddown = dx * mask(3 * layer + 3, wide)
-        dact, g["mlp.c_proj.weight"], g["mlp.c_proj.bias"] = linear_backward(
-            ddown, act, w["mlp.c_proj.weight"]
-        )
+        dact, g["mlp.c_proj.weight"], g["mlp.c_proj.bias"] = linear_backward(ddown, act, w["mlp.c_proj.weight"])
         dup = gelu_backward(dact, up)
         dln2, g["mlp.c_fc.weight"], g["mlp.c_fc.bias"] = linear_backward(dup, ln2, w["mlp.c_fc.weight"])
         dnorm, g["ln_2.weight"], g["ln_2.bias"] = layernorm_backward(dln2, mid, w["ln_2.weight"])
         dmid = dx + dnorm
         dproj = dmid * mask(3 * layer + 2, wide)
-        datt, g["attn.c_proj.weight"], g["attn.c_proj.bias"] = linear_backward(
-            dproj, att, w["attn.c_proj.weight"]
-        )
+        datt, g["attn.c_proj.weight"], g["attn.c_proj.bias"] = linear_backward(dproj, att, w["attn.c_proj.weight"])
         dqkv = attention_backward(datt, qkv, shape.heads, mask(3 * layer + 1, square))
-        dln1, g["attn.c_attn.weight"], g["attn.c_attn.bias"] = linear_backward(
-            dqkv, ln1, w["attn.c_attn.weight"]
-        )
+        dln1, g["attn.c_attn.weight"], g["attn.c_attn.bias"] = linear_backward(dqkv, ln1, w["attn.c_attn.weight"])
         dnorm, g["ln_1.weight"], g["ln_1.bias"] = layernorm_backward(dln1, x, w["ln_1.weight"])
         dx = dmid + dnorm
         gradients |= {f"h.{layer}.{name}": gradient for name, gradient in g.items()}

@@ -116,7 +116,5 @@ def test_no_tracked_file_names_a_folder_of_somebodys_machine():
         if not path.is_file() or b"\0" in (content := path.read_bytes()):
             continue
         lines = content.decode("utf-8", "replace").splitlines()
-        wrong += [
-            f"{name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if place.search(line)
-        ]
+        wrong += [f"{name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if place.search(line)]
     assert not wrong, "\n".join(wrong)

@@ -215,9 +215,7 @@ def verify(path: Path, name: str, entry: dict[str, Any], contents: bool = True) 
             digest.update(buffer[:count])
     if digest.hexdigest() != entry.get("sha256"):
         expected = str(entry.get("sha256"))[:16]
-        raise Damaged(
-            path, f"{name} has sha256 {digest.hexdigest()[:16]}..., its manifest says {expected}..."
-        )
+        raise Damaged(path, f"{name} has sha256 {digest.hexdigest()[:16]}..., its manifest says {expected}...")
 
 
 def read_bytes(path: Path, name: str, limit: int) -> bytes:

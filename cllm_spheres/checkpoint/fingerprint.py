@@ -34,9 +34,7 @@ def _flatten(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 def _change(old: Any, new: Any) -> str:
     if _is_words(old) and _is_words(new):
-        words = [f"-{word}" for word in old if word not in new] + [
-            f"+{word}" for word in new if word not in old
-        ]
+        words = [f"-{word}" for word in old if word not in new] + [f"+{word}" for word in new if word not in old]
         if words:
             return " ".join(words)
     before, after = _word(old), _word(new)

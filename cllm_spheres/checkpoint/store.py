@@ -53,8 +53,7 @@ class SaveFailed(RunFailed):
     def __init__(self, what: str, reason: str, needed_bytes: int, free_bytes: int | None) -> None:
         free = "an unknown amount is" if free_bytes is None else f"{free_bytes / 1e6:,.1f} MB are"
         super().__init__(
-            f"{what}: {reason}. It needs {needed_bytes / 1e6:,.1f} MB, {free} free. "
-            "Older checkpoints are intact."
+            f"{what}: {reason}. It needs {needed_bytes / 1e6:,.1f} MB, {free} free. Older checkpoints are intact."
         )
         self.reason = reason
         self.needed_bytes = needed_bytes
@@ -142,16 +141,12 @@ class Store:
         if which is None or which == BEST:
             best = self.best_step()
             if best is None and which == BEST:
-                raise InputError(
-                    f"The run {self.run} has no best checkpoint yet: take the last, step {steps[-1]}."
-                )
+                raise InputError(f"The run {self.run} has no best checkpoint yet: take the last, step {steps[-1]}.")
             return self.path(steps[-1] if best is None else best)
         if which == "last":
             return self.path(steps[-1])
         if not isinstance(which, int):
-            raise InputError(
-                f"There is no checkpoint {which!r}: {nearest(which, [BEST, 'last', *map(str, steps)])}"
-            )
+            raise InputError(f"There is no checkpoint {which!r}: {nearest(which, [BEST, 'last', *map(str, steps)])}")
         if which not in steps:
             near = min(steps, key=lambda step: abs(step - which))
             raise InputError(

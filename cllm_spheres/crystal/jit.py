@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -51,7 +50,15 @@ def source_hash() -> str:
 
 
 def _cache_folder() -> Path:
-    key = [source_hash(), numba.__version__, llvmlite.__version__, np.__version__, sys.version, cpu_name(), cpu_features()]
+    key = [
+        source_hash(),
+        numba.__version__,
+        llvmlite.__version__,
+        np.__version__,
+        sys.version,
+        cpu_name(),
+        cpu_features(),
+    ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for root in (Path(base) / "cllm-spheres", Path(tempfile.gettempdir()) / f"cllm-spheres-{os.getuid()}"):

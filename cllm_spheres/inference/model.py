@@ -56,8 +56,8 @@ class Model:
         count, length = inputs_BT.shape
         segment_P = np.zeros(self._layout.size, np.float32)
         loss = compute_shard.call(
-            self._geometry.array.ctypes.data, self._params_P.ctypes.data, segment_P.ctypes.data, self._arena.ctypes.data,
-            inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length, 1.0 / (count * length), 0, 0,
+            self._geometry.array.ctypes.data, self._params_P.ctypes.data, segment_P.ctypes.data,
+            self._arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length, 1.0 / (count * length), 0, 0,
             self._progress.ctypes.data,
         )  # fmt: skip
         return loss / (count * length), self._layout.views(segment_P)
@@ -116,7 +116,9 @@ class Model:
         if array.shape[-1] > self.shape.block_size:
             raise InputError(f"{array.shape[-1]} tokens are more than the model's block of {self.shape.block_size}.")
         if array.min() < 0 or array.max() >= self.shape.vocab_size:
-            raise InputError(f"Ids go from {array.min()} to {array.max()}; the vocabulary is 0 to {self.shape.vocab_size - 1}.")
+            raise InputError(
+                f"Ids go from {array.min()} to {array.max()}; the vocabulary is 0 to {self.shape.vocab_size - 1}."
+            )
         return np.ascontiguousarray(array, np.int32)
 
 

@@ -33,9 +33,7 @@ def choose(
     """
     largest = float(logits_V.max())  # NaN if any is
     if not math.isfinite(largest):
-        raise NonFinite(
-            f"The model's logits hold {largest}: its weights are damaged or its training diverged."
-        )
+        raise NonFinite(f"The model's logits hold {largest}: its weights are damaged or its training diverged.")
     if temperature == 0:
         return int(np.argmax(logits_V))
 
@@ -82,9 +80,7 @@ def validate(temperature: float, top_k: int | None, top_p: float | None, tokens:
     """Raises InputError, one line for each option that cannot work."""
     wrong = []
     if not (math.isfinite(temperature) and temperature >= 0):
-        wrong.append(
-            f"--temperature {temperature} must be 0 (always the likeliest token) or above, and finite."
-        )
+        wrong.append(f"--temperature {temperature} must be 0 (always the likeliest token) or above, and finite.")
     if top_k is not None and top_k < 1:
         wrong.append(f"--top-k {top_k} must be 1 or above; leave it out to keep all tokens.")
     if top_p is not None and not 0 < top_p <= 1:

@@ -26,9 +26,7 @@ def scratch_floats(length: int) -> int:
 
 
 @kernel
-def attention_forward(
-    qkv_N3C, length, heads, key, first_sequence, threshold, keep_scale, scratch, out_NC, lse_BHT
-):
+def attention_forward(qkv_N3C, length, heads, key, first_sequence, threshold, keep_scale, scratch, out_NC, lse_BHT):
     """out = softmax(q k^T / sqrt(D)) v; overwrites out and lse_BHT, the log-sum-exp of each row of scores.
 
     key, first_sequence (the number of sequence 0 in the whole batch), threshold, keep_scale: dropout of the
@@ -47,7 +45,20 @@ def attention_forward(
             for first in range(0, length, QUERY_BLOCK):
                 last = min(first + QUERY_BLOCK, length)
                 rows = last - first
-                gemm(False, True, rows, last, d, q + 4 * first * wide, wide, q + 4 * width, wide, f4(0), scores, last)
+                gemm(
+                    False,
+                    True,
+                    rows,
+                    last,
+                    d,
+                    q + 4 * first * wide,
+                    wide,
+                    q + 4 * width,
+                    wide,
+                    f4(0),
+                    scores,
+                    last,
+                )
                 for r in range(rows):
                     i = first + r
                     row = floats(scores + 4 * r * last, last)
@@ -74,7 +85,18 @@ def _score_gradients(p, dp, lse, delta, scale, n):
 
 @kernel
 def attention_backward(
-    dout_NC, qkv_N3C, out_NC, lse_BHT, length, heads, key, first_sequence, threshold, keep_scale, scratch, dqkv_N3C
+    dout_NC,
+    qkv_N3C,
+    out_NC,
+    lse_BHT,
+    length,
+    heads,
+    key,
+    first_sequence,
+    threshold,
+    keep_scale,
+    scratch,
+    dqkv_N3C,
 ):
     """dqkv_N3C from dout and what the forward left; overwrites dqkv.
 

@@ -80,4 +80,3 @@ def global_norm(norms, num_blocks):
 def clip_factor(norm, clip):
     """What the gradient is multiplied by: clip / norm where the norm is larger; clip 0 is off."""
     return clip / norm if clip > 0.0 and norm > clip else 1.0
-

@@ -25,7 +25,19 @@ from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward, linear_residual_forward
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.layout import (
-    B_ATT, B_DOWN, B_LN1, B_LN2, B_QKV, B_UP, G_LN1, G_LN2, LAYER_TENSORS, W_ATT, W_DOWN, W_QKV, W_UP,
+    B_ATT,
+    B_DOWN,
+    B_LN1,
+    B_LN2,
+    B_QKV,
+    B_UP,
+    G_LN1,
+    G_LN2,
+    LAYER_TENSORS,
+    W_ATT,
+    W_DOWN,
+    W_QKV,
+    W_UP,
 )  # fmt: skip
 
 _PER_LAYER = len(LAYER_TENSORS)
@@ -94,18 +106,40 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
     for layer in range(num_layers):
         at = arena + 4 * layer * g[G.LAYER_FLOATS]
         after = at + 4 * (g[G.LAYER_FLOATS] + g[G.X]) if layer + 1 < num_layers else arena + 4 * g[G.X_LAST]
-        x, ln1, att = matrix(at + 4 * g[G.X], n, c), matrix(at + 4 * g[G.LN1], n, c), matrix(at + 4 * g[G.ATT], n, c)
-        mid, ln2, x_next = matrix(at + 4 * g[G.MID], n, c), matrix(at + 4 * g[G.LN2], n, c), matrix(after, n, c)
+        x, ln1, att = (
+            matrix(at + 4 * g[G.X], n, c),
+            matrix(at + 4 * g[G.LN1], n, c),
+            matrix(at + 4 * g[G.ATT], n, c),
+        )
+        mid, ln2, x_next = (
+            matrix(at + 4 * g[G.MID], n, c),
+            matrix(at + 4 * g[G.LN2], n, c),
+            matrix(after, n, c),
+        )
         qkv, up = matrix(at + 4 * g[G.QKV], n, 3 * c), matrix(at + 4 * g[G.UP], n, f)
         act, lse = matrix(at + 4 * g[G.ACT], n, f), floats(at + 4 * g[G.LSE], heads * n)
         stats = floats(at + 4 * g[G.STATS], 4 * n)
 
         layernorm_forward(
-            x, _vector(g, params, layer, G_LN1, c), _vector(g, params, layer, B_LN1, c), ln1, stats[:n], stats[n : 2 * n]
+            x,
+            _vector(g, params, layer, G_LN1, c),
+            _vector(g, params, layer, B_LN1, c),
+            ln1,
+            stats[:n],
+            stats[n : 2 * n],
         )
         linear_forward(ln1, _tensor(g, params, layer, W_QKV, c, 3 * c), _vector(g, params, layer, B_QKV, 3 * c), qkv)
         attention_forward(
-            qkv, length, heads, _site_key(key, 3 * layer + 1), first_sequence, threshold, _keep_scale(g), scratch, att, lse
+            qkv,
+            length,
+            heads,
+            _site_key(key, 3 * layer + 1),
+            first_sequence,
+            threshold,
+            _keep_scale(g),
+            scratch,
+            att,
+            lse,
         )
         _add_projection(
             att, _tensor(g, params, layer, W_ATT, c, c), _vector(g, params, layer, B_ATT, c), x, mid,
@@ -125,7 +159,12 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
     x_last, lnf = matrix(arena + 4 * g[G.X_LAST], n, c), matrix(arena + 4 * g[G.LNF], n, c)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     layernorm_forward(
-        x_last, _final_vector(g, params, G.LNF_GAIN, c), _final_vector(g, params, G.LNF_BIAS, c), lnf, stats[:n], stats[n:]
+        x_last,
+        _final_vector(g, params, G.LNF_GAIN, c),
+        _final_vector(g, params, G.LNF_BIAS, c),
+        lnf,
+        stats[:n],
+        stats[n:],
     )
     return lnf
 
@@ -140,7 +179,11 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     threshold = g[G.THRESHOLD] if key != 0 else 0
     keep_scale = _keep_scale(g)
     scratch = floats(arena + 4 * g[G.SCRATCH], 1)
-    dx, dt, datt = matrix(arena + 4 * g[G.DX], n, c), matrix(arena + 4 * g[G.DT], n, c), matrix(arena + 4 * g[G.DATT], n, c)
+    dx, dt, datt = (
+        matrix(arena + 4 * g[G.DX], n, c),
+        matrix(arena + 4 * g[G.DT], n, c),
+        matrix(arena + 4 * g[G.DATT], n, c),
+    )
     dqkv, dact = matrix(arena + 4 * g[G.DQKV], n, 3 * c), matrix(arena + 4 * g[G.DACT], n, f)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     dx[:] = f4(0)
@@ -150,7 +193,11 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     )  # fmt: skip
     for layer in range(g[G.LAYERS] - 1, -1, -1):
         at = arena + 4 * layer * g[G.LAYER_FLOATS]
-        x, ln1, att = matrix(at + 4 * g[G.X], n, c), matrix(at + 4 * g[G.LN1], n, c), matrix(at + 4 * g[G.ATT], n, c)
+        x, ln1, att = (
+            matrix(at + 4 * g[G.X], n, c),
+            matrix(at + 4 * g[G.LN1], n, c),
+            matrix(at + 4 * g[G.ATT], n, c),
+        )
         mid, ln2 = matrix(at + 4 * g[G.MID], n, c), matrix(at + 4 * g[G.LN2], n, c)
         qkv, up = matrix(at + 4 * g[G.QKV], n, 3 * c), matrix(at + 4 * g[G.UP], n, f)
         act, lse = matrix(at + 4 * g[G.ACT], n, f), floats(at + 4 * g[G.LSE], heads * n)
@@ -199,7 +246,7 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     if threshold > 0:
         dropout_sequences(dx, length, _site_key(key, 0), first_sequence, threshold, keep_scale)
     embedding_backward(
-        dx, ids_N, length, matrix(segment + 4 * g[G.WTE], g[G.VOCAB], c), matrix(segment + 4 * g[G.WPE], g[G.BLOCK_SIZE], c),
+        dx, ids_N, length, _wte(g, segment), matrix(segment + 4 * g[G.WPE], g[G.BLOCK_SIZE], c),
         accumulate,
     )  # fmt: skip
 
@@ -240,7 +287,16 @@ def compute_shard(
             matrix(arena + 4 * g[G.DT], rows, g[G.WIDTH]), _wte(g, segment), accumulate,
         )  # fmt: skip
         backward(
-            g, params, segment, arena, ids, length, types.uint64(key), first_sequence + first, accumulate, step_progress
+            g,
+            params,
+            segment,
+            arena,
+            ids,
+            length,
+            types.uint64(key),
+            first_sequence + first,
+            accumulate,
+            step_progress,
         )
     restore(state)
     return loss

@@ -59,7 +59,10 @@ def tensor_shapes(shape: Shape) -> tuple[dict[str, tuple[int, ...]], dict[str, t
         "ln_1.weight": (c,), "ln_1.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,),
         "attn.c_attn.bias": (3 * c,), "attn.c_proj.bias": (c,), "mlp.c_fc.bias": (f,), "mlp.c_proj.bias": (c,),
     }  # fmt: skip
-    matrices: dict[str, tuple[int, ...]] = {"wte.weight": (shape.vocab_size, c), "wpe.weight": (shape.block_size, c)}
+    matrices: dict[str, tuple[int, ...]] = {
+        "wte.weight": (shape.vocab_size, c),
+        "wpe.weight": (shape.block_size, c),
+    }
     vectors: dict[str, tuple[int, ...]] = {}
     for layer in range(shape.layers):
         for name, dims in one_layer.items():

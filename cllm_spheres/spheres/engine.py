@@ -19,13 +19,21 @@ from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
-from cllm_spheres.kernels.arrays import doubles, floats, integers, tokens
+from cllm_spheres.kernels.arrays import doubles, integers, tokens
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
 from cllm_spheres.kernels.optimizer import (
-    D_BETA1, D_BETA2, D_CORRECTION_1, D_CORRECTION_2, D_DECAY, D_FACTOR, D_LR, DECISION_WORDS, commit_block,
-    power, update_block,
+    D_BETA1,
+    D_BETA2,
+    D_CORRECTION_1,
+    D_CORRECTION_2,
+    D_DECAY,
+    D_FACTOR,
+    D_LR,
+    DECISION_WORDS,
+    commit_block,
+    power,
+    update_block,
 )  # fmt: skip
-
 from cllm_spheres.model.gpt import compute_shard, evaluate_window
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.spheres import memory as M
@@ -314,7 +322,12 @@ def _evaluate(x, first, last):
         if load(_word(x, M.ABORT)) != 0:
             return
         read_window(
-            x[VAL], x[ITEM_BYTES], x[VAL_TOKENS], starts[i], tokens(x[INPUTS], lengths[i]), tokens(x[TARGETS], lengths[i])
+            x[VAL],
+            x[ITEM_BYTES],
+            x[VAL_TOKENS],
+            starts[i],
+            tokens(x[INPUTS], lengths[i]),
+            tokens(x[TARGETS], lengths[i]),
         )
         losses[i] = _evaluate_window(
             x[GEOMETRY], x[PARAMS], x[ARENA], x[INPUTS], x[TARGETS], lengths[i], _mine(x, M.W_PROGRESS)

@@ -6,6 +6,7 @@ a command is finished; a thread listens to the server and rings it too when a wo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -42,7 +43,10 @@ class NodeZero:
     """The spheres of one run. `memory` is valid from `start` to `close`."""
 
     def __init__(
-        self, job: Job, status: Callable[[str], None] = lambda text: None, look: Callable[[], None] = lambda: None
+        self,
+        job: Job,
+        status: Callable[[str], None] = lambda text: None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         """status: told what a person may want to know; look: called about ten times a second in `start` and `do`."""
         self.job = job
@@ -55,7 +59,10 @@ class NodeZero:
         self._server_gone = False
         self._closing = False
         self._command = 0
-        for word, seconds, nanoseconds in ((M.LONG_TIMEOUT, 1, 0), (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9))):
+        for word, seconds, nanoseconds in (
+            (M.LONG_TIMEOUT, 1, 0),
+            (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9)),
+        ):
             self._words(word, 2)[:] = (seconds, nanoseconds)
         self._progress = np.zeros((job.workers, M.WORKER_WORDS), np.int64)
         self._silent_s = np.zeros(job.workers)
@@ -109,10 +116,8 @@ class NodeZero:
         deadline = time.monotonic() + 10
         while len(self._ended) < len(self._pids) and not self._server_gone and time.monotonic() < deadline:
             time.sleep(0.002)
-        try:
+        with contextlib.suppress(OSError):  # the server may have closed it already
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the server had closed it already
         self._connection.close()
         try:
             self._server.wait(timeout=5)
@@ -248,7 +253,7 @@ class NodeZero:
         said = self.memory.error(worker)
         if said:
             text += f"\nIt said: {said}"
-        if "memory" in said or "space" in said or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        if "memory" in said or "space" in said or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             text += (
                 f"\nOften the machine ran out of memory: this run shares {size(self.memory.regions.total)},"
                 f" {size(available_memory())} are available now. Try fewer --spheres or --workers."

@@ -72,9 +72,9 @@ class Server:
     def run(self) -> None:
         """Serve until Node Zero closes its end."""
         while True:
-            ready, _, _ = select.select([self.connection, *self.workers], [], [])
+            ready, _, _ = select.select([self.connection.fileno(), *self.workers], [], [])
             for source in ready:
-                if source is self.connection:
+                if source == self.connection.fileno():
                     if not self.obey():
                         return
                 elif source in self.workers:

@@ -16,7 +16,7 @@ def level(sphere: int) -> int:
 
 
 def children(sphere: int, num_spheres: int) -> range:
-    """The level-2 spheres around a level-1 sphere: consecutive numbers, the first (rest mod 12) parents get one more."""
+    """The level-2 spheres around a level-1 sphere, in a row; the first (rest mod 12) parents get one more."""
     if sphere >= KISSING:
         return range(0)
     each, more = divmod(max(0, num_spheres - KISSING), KISSING)

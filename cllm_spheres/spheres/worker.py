@@ -111,7 +111,18 @@ def warm(scratch: Path) -> None:
     tiny = Worker(job, memory, 0)
     x = dict(zip(engine.FIELDS, tiny.context.tolist(), strict=True))
     compute_shard.call(
-        x["geometry"], x["params"], x["segments"], x["arena"], x["inputs"], x["targets"], 1, 4, 0.25, 0, 0, x["workers"]
+        x["geometry"],
+        x["params"],
+        x["segments"],
+        x["arena"],
+        x["inputs"],
+        x["targets"],
+        1,
+        4,
+        0.25,
+        0,
+        0,
+        x["workers"],
     )
     update_block.call(
         0, x["constants"], x["gradient"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1

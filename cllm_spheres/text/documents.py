@@ -10,9 +10,7 @@ from html.parser import HTMLParser
 
 from cllm_spheres.text.files import NotText
 
-_HTML = re.compile(
-    r"\ufeff?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S
-)
+_HTML = re.compile(r"\ufeff?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b", re.I | re.S)
 _HIDDEN = frozenset({"script", "style", "template", "svg", "noscript", "iframe", "object"})
 _BLOCKS = frozenset(
     """

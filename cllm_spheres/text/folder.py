@@ -20,9 +20,7 @@ FORMAT = "cllm-spheres prepared text"
 VERSION = 1
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 _LOCK = "lock"
-_STALE_S = (
-    600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
-)
+_STALE_S = 600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
 
 
 def is_prepared(folder: Path) -> bool:

@@ -20,9 +20,7 @@ from pathlib import Path
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.text.work import Task, run_task
 
-_BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from cllm_spheres.text.work import main; main()"
-)
+_BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from cllm_spheres.text.work import main; main()"
 _AHEAD = 4  # finished results a worker that wait for an earlier one: bounds the disk they take
 
 
@@ -137,11 +135,7 @@ class _Worker:
     def _lost(self) -> None:
         code = self._process.wait(timeout=10)
         files = [entry[0] for entry in self._task.get("files", [])]
-        where = (
-            f", reading {files[0]}" + (f" or one of {len(files) - 1} after it" * (len(files) > 1))
-            if files
-            else ""
-        )
+        where = f", reading {files[0]}" + (f" or one of {len(files) - 1} after it" * (len(files) > 1)) if files else ""
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise RunFailed(
             f"A preparing process (pid {self._process.pid}) ended by {how} in the step "

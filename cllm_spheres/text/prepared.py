@@ -67,9 +67,7 @@ class Prepared:
         for part in _PARTS:
             array = _map(folder / f"{part}.bin", manifest["dtype"])
             if len(array) != manifest[part]["tokens"]:
-                raise _damaged(
-                    folder, f"{part}.bin has {len(array):,} of {manifest[part]['tokens']:,} tokens"
-                )
+                raise _damaged(folder, f"{part}.bin has {len(array):,} of {manifest[part]['tokens']:,} tokens")
             ids.append(array)
         return cls(folder, manifest, *ids)
 
@@ -81,9 +79,7 @@ class Prepared:
             except OSError as error:
                 raise _damaged(self.folder, f"{name}: {error.strerror}") from None
             if digest != entry["sha256"]:
-                raise _damaged(
-                    self.folder, f"{name} has sha256 {digest[:12]} instead of {entry['sha256'][:12]}"
-                )
+                raise _damaged(self.folder, f"{name} has sha256 {digest[:12]} instead of {entry['sha256'][:12]}")
 
     @property
     def vocab_size(self) -> int:
@@ -116,9 +112,7 @@ class Prepared:
     def fingerprint(self) -> str:
         """A sha256 that names these data: equal if and only if tokens, tokenizer and dtype are."""
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
-        return hashlib.sha256(
-            json.dumps([self.manifest["dtype"], hashes], sort_keys=True).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps([self.manifest["dtype"], hashes], sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,9 +121,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"There is no prepared folder {folder}. Make it with: cllm-spheres prepare PATH --out {folder}"
         )
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is not a folder. Prepare it with: cllm-spheres prepare {folder} --out DIR"
-        )
+        raise InputError(f"{folder} is not a folder. Prepare it with: cllm-spheres prepare {folder} --out DIR")
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -126,9 +126,7 @@ class _ChunkFile:
         return data
 
 
-def _read_content(
-    path: str, chunks: Chunks, spool: SpoolWriter, skipped: Counter[str], depth: int = 0
-) -> None:
+def _read_content(path: str, chunks: Chunks, spool: SpoolWriter, skipped: Counter[str], depth: int = 0) -> None:
     head = next(chunks(), b"")
     if not head:
         raise NotText("empty")

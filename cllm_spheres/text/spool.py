@@ -81,9 +81,7 @@ class SpoolWriter:
 
 def read_index(folder: Path, num_files: int) -> tuple[npt.NDArray[np.void], int]:
     """Rows of all documents in reading order without exact duplicates, and how many those were."""
-    rows = np.concatenate(
-        [np.zeros(0, ROW), *(np.fromfile(folder / f"{i}.index", ROW) for i in range(num_files))]
-    )
+    rows = np.concatenate([np.zeros(0, ROW), *(np.fromfile(folder / f"{i}.index", ROW) for i in range(num_files))])
     order = np.lexsort((rows["hash_low"], rows["hash"]))  # stable: the first of equals stays first
     high, low = rows["hash"][order], rows["hash_low"][order]
     repeated = np.zeros(len(rows), bool)

@@ -44,9 +44,7 @@ def check_vocabulary(kind: str, vocab_size: int | None) -> None:
     least = {"bpe": MIN_BPE, "word": 3}.get(kind, 1)
     if not least <= vocab_size <= MAX_VOCAB:
         why = {"bpe": "256 bytes and end of text", "word": "one word, unknown and end of text"}.get(kind, "")
-        raise InputError(
-            f"--vocab-size {vocab_size}: {kind} can have {least} ({why}) to {MAX_VOCAB:,} tokens."
-        )
+        raise InputError(f"--vocab-size {vocab_size}: {kind} can have {least} ({why}) to {MAX_VOCAB:,} tokens.")
 
 
 def make_tokenizer(
@@ -71,9 +69,7 @@ def make_tokenizer(
     return _bpe(vocab_size, work, train, run)
 
 
-def _char(
-    vocab_size: int | None, work: Path, ranges: dict[str, list[tuple[int, int]]], run: RunTasks
-) -> Tokenizer:
+def _char(vocab_size: int | None, work: Path, ranges: dict[str, list[tuple[int, int]]], run: RunTasks) -> Tokenizer:
     tasks: list[dict[str, Any]] = [
         {"do": "characters", "work": str(work), "part": part, "low": low, "high": high}
         for part, bounds in ranges.items()

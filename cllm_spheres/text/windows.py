@@ -12,7 +12,7 @@ def evaluation_windows(num_tokens: int, block_size: int, eval_tokens: int) -> tu
     spread over it. A window of length T predicts T tokens and needs T + 1.
     """
     predictable = num_tokens - 1
-    if eval_tokens >= predictable:
+    if eval_tokens >= predictable or predictable < block_size:
         starts = np.arange(0, predictable, block_size, dtype=np.int64)
         return starts, np.minimum(block_size, predictable - starts)
     count = max(1, eval_tokens // block_size)

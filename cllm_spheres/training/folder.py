@@ -1,8 +1,8 @@
 """A run folder: config.toml written and read back, new names, and what a resume may change.
 
-    RUN/config.toml     the resolved configuration, and where the data are
-    RUN/metrics.jsonl   what happened
-    RUN/checkpoints/    see cllm_spheres.checkpoint
+RUN/config.toml     the resolved configuration, and where the data are
+RUN/metrics.jsonl   what happened
+RUN/checkpoints/    see cllm_spheres.checkpoint
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def plan_resume(run: Path, given: dict[str, Any], data: Path | None) -> tuple[Pl
     for key, value in given.items():
         if key not in MAY_CHANGE and getattr(config, key) != value:
             raise InputError(
-                f"{run} was begun with {flag(key)} {getattr(config, key)}, and {value} was given. A resume keeps what the"
-                f" run is; only {', '.join(map(flag, MAY_CHANGE))} may change. Begin a new run for another configuration."
+                f"{run} was begun with {flag(key)} {getattr(config, key)}, and {value} was given."
+                f" A resume keeps what the run is; only {', '.join(map(flag, MAY_CHANGE))} may change."
+                " Begin a new run for another configuration."
             )
     prepared = Prepared.open(data or where["data"])
     if prepared.fingerprint != where["data_fingerprint"]:
@@ -126,7 +127,9 @@ def plan_resume(run: Path, given: dict[str, Any], data: Path | None) -> tuple[Pl
     if steps is not None and steps < reached:
         raise InputError(f"--steps {steps} is before step {reached}, which {run} has reached. Give {reached} or more.")
     if workers is not None and config.spheres is not None and workers > config.spheres:
-        raise InputError(f"--workers {workers} are more than the run's {config.spheres} spheres. Give {config.spheres} or fewer.")
+        raise InputError(
+            f"--workers {workers} are more than the run's {config.spheres} spheres. Give {config.spheres} or fewer."
+        )
     horizon = steps or config.steps
     assert horizon is not None
     finished = None

@@ -83,7 +83,10 @@ class Launch:
         if self._outcome is not None:
             return self._outcome["code"], self._outcome["message"]
         if 128 <= code < 160:
-            return code, f"Left at once. Go on from the last checkpoint: cllm-spheres train --resume --run {self.plan.run}"
+            return (
+                code,
+                f"Left at once. Go on from the last checkpoint: cllm-spheres train --resume --run {self.plan.run}",
+            )
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         said = "".join(self._errors).strip()
         return 1, (

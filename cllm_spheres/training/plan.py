@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from cllm_spheres.config import Config, flag
+from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.job import Job
@@ -110,7 +110,7 @@ def _places(config: Config, given: set[str]) -> dict[str, int]:
     if spheres > batch_size:
         raise InputError(
             f"{spheres} spheres are more than --batch-size {batch_size}: each sphere needs at least one sequence of"
-            f" every batch. Try --batch-size {spheres}, or {flag('spheres')} and {flag('workers')} of {batch_size} or less."
+            f" every batch. Try --batch-size {spheres}, or --spheres and --workers of {batch_size} or less."
         )
     return {"workers": workers, "spheres": spheres, "batch_size": batch_size}
 
@@ -119,7 +119,13 @@ def shape_of(config: Config) -> Shape:
     """The model's shape of a resolved configuration."""
     assert config.vocab_size is not None and config.ff_width is not None
     return Shape(
-        config.vocab_size, config.block_size, config.layers, config.heads, config.width, config.ff_width, config.bias
+        config.vocab_size,
+        config.block_size,
+        config.layers,
+        config.heads,
+        config.width,
+        config.ff_width,
+        config.bias,
     )
 
 

@@ -61,18 +61,24 @@ def run_training(order: dict[str, Any]) -> dict[str, Any]:
             return {"code": error.exit_code, "message": f"{error}\n{resume}"}
         except SpheresError as error:
             last = max(trainer.store.steps(), default=None)
-            saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {trainer.store.path(last)}."
+            saved = (
+                "No checkpoint had been saved."
+                if last is None
+                else f"The last checkpoint is {trainer.store.path(last)}."
+            )
             message = f"{type(error).__name__}: {error}\n{saved}"
             trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
             return {"code": error.exit_code, "message": message}
         path = trainer.store.path(trainer.step)
-        trainer.metrics.event("end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path))
+        trainer.metrics.event(
+            "end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path)
+        )
         return {"code": 0, "message": f"Ended at step {trainer.step:,}. The run is in {run}"}
 
 
 def main() -> None:
     """Obey the order on standard input."""
-    order = json.loads(sys.stdin.buffer.raw.readline())
+    order = json.loads(sys.stdin.buffer.readline())
     try:
         outcome = run_training(order)
     except SpheresError as error:

@@ -23,7 +23,12 @@ Progress = Callable[[str, float, float], None]
 
 
 def new_run(
-    data: Path | None, options: dict[str, Any], *, run: Path | None, file: Path | None, progress: Progress | None = None
+    data: Path | None,
+    options: dict[str, Any],
+    *,
+    run: Path | None,
+    file: Path | None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Check everything, prepare the text, make the run folder. InputError leaves nothing behind."""
     config, given = merge(options, file)
@@ -49,7 +54,9 @@ def prepare_data(
         ("tokenizer", tokenizer, prepared.manifest["tokenizer"]), ("vocab_size", vocab_size, prepared.vocab_size),
     ):  # fmt: skip
         if key in given and value != actual:
-            raise InputError(f"{prepared.folder} was prepared with {key} {actual}, and {value} was given. Leave it out.")
+            raise InputError(
+                f"{prepared.folder} was prepared with {key} {actual}, and {value} was given. Leave it out."
+            )
     return prepared
 
 

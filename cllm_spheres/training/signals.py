@@ -38,8 +38,7 @@ class Wishes:
 
     def _caller(self) -> None:
         """The launcher holds the other end of standard input; its end means that it died."""
-        while sys.stdin.buffer.raw.read(64):
-            pass
+        sys.stdin.buffer.read()
         self._came(signal.SIGHUP, True)
 
     def _came(self, number: int, passed_on: bool) -> None:

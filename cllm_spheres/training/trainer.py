@@ -1,8 +1,8 @@
 """A run folder -> a trained model in it: the whole training, as Node Zero sees it.
 
-    for each stretch of steps up to the next evaluation or checkpoint:
-        command the spheres; write what they finish; look for signals and losses
-        evaluate, save
+for each stretch of steps up to the next evaluation or checkpoint:
+    command the spheres; write what they finish; look for signals and losses
+    evaluate, save
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Trainer:
         job = self.node_zero.job
         goes_on = f"Resumed at step {checkpoint.step}. " if checkpoint else ""
         return (
-            f"{goes_on}{job.workers} workers, {job.spheres} spheres, batch {job.batch_size} x {job.shape.block_size} tokens;"
-            f" {self.layout.num_parameters:,} parameters, vocabulary {job.shape.vocab_size:,};"
+            f"{goes_on}{job.workers} workers, {job.spheres} spheres, batch {job.batch_size} x {job.shape.block_size}"
+            f" tokens; {self.layout.num_parameters:,} parameters, vocabulary {job.shape.vocab_size:,};"
             f" {self.steps:,} steps into {self.run}"
         )
 
@@ -196,8 +196,8 @@ class Trainer:
         self.worse += 1
         if self.worse == TURNED_UP_EVALUATIONS:
             self.metrics.event(
-                "turned_up", f"Validation loss has turned up: {result.val_loss:.4f}, it was {self.best_loss:.4f} at step"
-                f" {self.best_step}. The model begins to learn its text by heart; checkpoints/best keeps the best.",
+                "turned_up", f"Validation loss has turned up: {result.val_loss:.4f}, it was {self.best_loss:.4f} at"
+                f" step {self.best_step}. The model begins to learn its text by heart; checkpoints/best keeps the best.",
                 self.step, best_step=self.best_step, best_loss=self.best_loss,
             )  # fmt: skip
         return False
@@ -253,7 +253,7 @@ class Trainer:
         changed = differences(state["fingerprint"], fingerprint())
         if changed:
             self.metrics.event(
-                "fingerprint", "The numerics differ from those of the checkpoint, so the bits may too: " + "; ".join(changed),
+                "fingerprint", "The numerics are not the checkpoint's, so the bits may differ: " + "; ".join(changed),
                 self.step, differences=changed,
             )  # fmt: skip
 
@@ -327,5 +327,3 @@ def duration(seconds: float) -> str:
     if whole < 6000:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-

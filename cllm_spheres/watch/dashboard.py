@@ -27,9 +27,7 @@ MIN_WIDTH = 40  # below it, lines are cut
 MIN_CURVES = 9  # lines of the plot with its frame
 
 
-def render(
-    view: RunView, width: int, height: int, *, now: float, notice: str = "", colour: bool = True
-) -> list[Line]:
+def render(view: RunView, width: int, height: int, *, now: float, notice: str = "", colour: bool = True) -> list[Line]:
     """At most `height` lines of exactly `width` cells."""
     width, height = max(20, width), max(4, height)
     top = [panels.head(view, now, width), panels.progress(view, now, width)]

@@ -119,9 +119,7 @@ def _cards(view: RunView, members: tuple[tuple[int, ...], ...], inner: int) -> l
         cards = []
         for group in members[start : start + columns]:
             signs = ["◉", *["├"] * (len(group) - 2), *["└"] * (len(group) > 1)]
-            cards.append(
-                [_row(view, k, f" {sign} ", width, fastest) for sign, k in zip(signs, group, strict=True)]
-            )
+            cards.append([_row(view, k, f" {sign} ", width, fastest) for sign, k in zip(signs, group, strict=True)])
         height = max(map(len, cards))
         if start and height > 1:
             lines.append([])
@@ -188,7 +186,5 @@ def _strip(view: RunView, g: int, group: tuple[int, ...], cells: int, fastest: f
     ]
     line.append(seg(f" {_share(waiting).replace(' ', '').rjust(4)}", heat(waiting)))
     words = [spheres.state[k] for k in group]
-    word = min(
-        set(words), key=lambda w: (-(_state(w)[1] in ("lost", "dead", "fail", "hung")), -words.count(w), w)
-    )
+    word = min(set(words), key=lambda w: (-(_state(w)[1] in ("lost", "dead", "fail", "hung")), -words.count(w), w))
     return [*line, seg(" "), _state_segment(word, 7)]

@@ -39,9 +39,7 @@ class _Rows:
         self.wide = width >= 34
         self.lines: list[Line] = []
 
-    def add(
-        self, name: str, value: str, beside: str = "", series: Series | None = None, style: Style = STRONG
-    ) -> None:
+    def add(self, name: str, value: str, beside: str = "", series: Series | None = None, style: Style = STRONG) -> None:
         line = [seg(name.ljust(12 if self.wide else 7), DIM), seg(value, style)]
         line.append(seg(f"  {beside}" if beside else "", DIM))
         curve = spark(series.points(), 12) if series is not None and self.width >= 42 else ""
@@ -98,9 +96,7 @@ def _losses(view: RunView, rows: _Rows) -> None:
     perplexity = number(evaluation, "perplexity")
     shown = "" if perplexity is None else f"{perplexity:.1f}" if perplexity < 1000 else compact(perplexity)
     bits = fixed(number(evaluation, "bits_per_byte"), 3)
-    rows.add(
-        "bits/byte" if wide else "bits/B", bits, f"{'perplexity' if wide else 'ppl'} {shown}" if shown else ""
-    )
+    rows.add("bits/byte" if wide else "bits/B", bits, f"{'perplexity' if wide else 'ppl'} {shown}" if shown else "")
     unigram, bigram = (fixed(number(evaluation, f"{name}_loss"), 3) for name in ("unigram", "bigram"))
     rows.add("unigram" if wide else "uni/bi", unigram, f"{'bigram ' if wide else ''}{bigram}", style=INK)
 
@@ -131,9 +127,7 @@ def _machine(view: RunView, rows: _Rows) -> None:
 def _setting(view: RunView, rows: _Rows) -> None:
     facts = {key: clean(str(value)) for key, value in view.facts.items()}
     if {"layers", "width", "heads"} <= facts.keys():
-        rows.add(
-            "model", f"{facts['layers']} layers", f"width {facts['width']}, {facts['heads']} heads", style=INK
-        )
+        rows.add("model", f"{facts['layers']} layers", f"width {facts['width']}, {facts['heads']} heads", style=INK)
     if {"batch_size", "block_size"} <= facts.keys():
         rows.add("batch", f"{facts['batch_size']} × {facts['block_size']}", "tokens", style=INK)
     if "optimizer" in facts:

@@ -36,9 +36,7 @@ def eval_line(record: Record) -> str:
         parts.append(f"ppl {perplexity:.1f}" if perplexity < 1e5 else f"ppl {perplexity:.1e}")
     if bits is not None:
         parts.append(f"bits/byte {bits:.3f}")
-    known = [
-        f"{n} {fixed(v, 3)}" for n in ("unigram", "bigram") if (v := number(record, f"{n}_loss")) is not None
-    ]
+    known = [f"{n} {fixed(v, 3)}" for n in ("unigram", "bigram") if (v := number(record, f"{n}_loss")) is not None]
     return "  ".join([*parts, f"({', '.join(known)})"] if known else parts)
 
 

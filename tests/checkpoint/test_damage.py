@@ -127,14 +127,10 @@ tensor_header = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "F64", "BF16", "F8_E4M3", "U8", "X"]),
         "shape": st.lists(st.sampled_from([0, 1, 2, 4, 2**32, 2**63, 2**64, -1]), max_size=4),
-        "data_offsets": st.lists(
-            st.sampled_from([0, 4, 8, 16, 2**62, 2**64 - 1, -4]), min_size=2, max_size=2
-        ),
+        "data_offsets": st.lists(st.sampled_from([0, 4, 8, 16, 2**62, 2**64 - 1, -4]), min_size=2, max_size=2),
     }
 )
-headers = st.dictionaries(
-    st.sampled_from(["a", "b", "__metadata__"]), tensor_header | json_values, max_size=3
-)
+headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), tensor_header | json_values, max_size=3)
 
 
 @st.composite
@@ -162,9 +158,7 @@ def test_malformed_json_under_a_true_manifest_is_refused_or_loads(two, name, dat
     read_sealed(two, name, data)
 
 
-@pytest.mark.parametrize(
-    "text", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'"\\ud800"', b"\xff\xfe{"]
-)
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'"\\ud800"', b"\xff\xfe{"])
 def test_json_that_breaks_parsers_is_refused(two, text):
     with pytest.raises(Damaged):
         read_sealed(two, "state.json", text, give=True)

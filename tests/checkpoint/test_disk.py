@@ -63,9 +63,7 @@ def assert_whole(store, assert_same):
 def test_a_failure_at_any_operation_harms_nothing_older(
     before, save, operations, assert_same, leftovers, tmp_path, number
 ):
-    last_save = max(
-        place for place, (name, *paths) in enumerate(operations) if paths[-1].name == "step-00000003"
-    )
+    last_save = max(place for place, (name, *paths) in enumerate(operations) if paths[-1].name == "step-00000003")
     for place in range(0, len(operations), 1 if number == errno.ENOSPC else 4):
         count = 0
 
@@ -112,9 +110,7 @@ class Killing(Disk):
         super().write(descriptor, path, data)
 
 
-def test_a_kill_at_any_operation_leaves_a_good_checkpoint(
-    before, save, operations, assert_same, leftovers, tmp_path
-):
+def test_a_kill_at_any_operation_leaves_a_good_checkpoint(before, save, operations, assert_same, leftovers, tmp_path):
     for place in range(len(operations)):
         run = copy_of(before, tmp_path / str(place))
         child = os.fork()
@@ -176,13 +172,9 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(before, make_content):
         def free_bytes(self, path):
             return 1_000_000
 
-    with pytest.raises(
-        SaveFailed, match=r"No space left on device. It needs 0.0 MB, 1.0 MB are free"
-    ) as failed:
+    with pytest.raises(SaveFailed, match=r"No space left on device. It needs 0.0 MB, 1.0 MB are free") as failed:
         Store(before, Full()).save(2, **make_content(2))
-    size = sum(
-        path.stat().st_size for path in Store(before).path(1).iterdir() if path.name != "manifest.json"
-    )
+    size = sum(path.stat().st_size for path in Store(before).path(1).iterdir() if path.name != "manifest.json")
     assert failed.value.needed_bytes == size and failed.value.free_bytes == 1_000_000
 
 
@@ -214,9 +206,7 @@ def test_a_save_that_is_interrupted_leaves_nothing(before, make_content, leftove
     assert leftovers(before) == []
 
 
-def test_a_failure_between_the_two_renames_of_an_old_file_system_puts_the_old_back(
-    before, make_content, assert_same
-):
+def test_a_failure_between_the_two_renames_of_an_old_file_system_puts_the_old_back(before, make_content, assert_same):
     class Old(Disk):
         def exchange(self, one, other):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

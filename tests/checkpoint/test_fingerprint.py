@@ -7,13 +7,7 @@ from hypothesis import strategies as st
 
 from cllm_spheres.checkpoint.fingerprint import differences
 
-values = (
-    st.none()
-    | st.booleans()
-    | st.integers(0, 3)
-    | st.sampled_from(["1", "b", ""])
-    | st.lists(st.text(max_size=2))
-)
+values = st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["1", "b", ""]) | st.lists(st.text(max_size=2))
 fingerprints = st.dictionaries(
     st.sampled_from(["a", "b", "a.b"]),
     st.recursive(values, lambda inner: st.dictionaries(st.sampled_from("ab"), inner), max_leaves=4),
@@ -47,8 +41,6 @@ def test_a_fingerprint_that_was_on_disk_does_not_differ():
 
 @given(old=fingerprints, new=fingerprints)
 def test_nothing_is_said_exactly_where_both_are_equal(old, new):
-    assert (differences(old, new) == []) == (
-        json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
-    )
+    assert (differences(old, new) == []) == (json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True))
     assert differences(old, old) == []
     assert all(differences(old, new)) and len(differences(old, new)) == len(differences(new, old))

@@ -84,9 +84,7 @@ def test_log_is_within_2_ulp_of_the_standard_library(rng):
             rng.uniform(0.4, 2.5, 50_000),
         ]
     )
-    x = np.concatenate(
-        [x, [1.0, 2.0, 0.5, np.finfo(float).max, np.finfo(float).tiny, math.sqrt(2), math.sqrt(0.5)]]
-    )
+    x = np.concatenate([x, [1.0, 2.0, 0.5, np.finfo(float).max, np.finfo(float).tiny, math.sqrt(2), math.sqrt(0.5)]])
     out = np.full(x.size, np.nan)
     log_of_each(x, out)
     expected = np.array([math.log(value) for value in x])

@@ -82,9 +82,7 @@ def test_all_jitted_code_lies_in_the_folders_that_the_cache_knows():
     compiled = {"kernel", "reduction", "entry", "intrinsic", "njit", "jit", "cfunc"}
     for path in PACKAGE.rglob("*.py"):
         nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-        froms = [
-            node for node in nodes if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit"))
-        ]
+        froms = [node for node in nodes if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit"))]
         if compiled & {alias.name for node in froms for alias in node.names}:
             inside = path.relative_to(PACKAGE)
             assert len(inside.parts) == 2 and inside.parts[0] in COMPILED_FOLDERS, f"{inside} is compiled"

@@ -60,13 +60,9 @@ def test_the_same_as_the_slow_twin(logits_V, temperature, top_k, top_p, uniform)
     found, expected = choose(logits_V, **options), naive(logits_V, **options)
     if found != expected:  # numpy's exp of an array and of a number may differ by an ulp: both at an edge
         moved = [
-            naive(
-                logits_V, **options | {"uniform": min(max(uniform + shift, 0.0), BELOW_ONE), "top_p": share}
-            )
+            naive(logits_V, **options | {"uniform": min(max(uniform + shift, 0.0), BELOW_ONE), "top_p": share})
             for shift in (-1e-12, 0, 1e-12)
-            for share in (
-                [None] if top_p is None else [top_p * (1 - 1e-12), top_p, min(1, top_p * (1 + 1e-12))]
-            )
+            for share in ([None] if top_p is None else [top_p * (1 - 1e-12), top_p, min(1, top_p * (1 + 1e-12))])
         ]
         assert found in moved
     assert np.array_equal(logits_V, before)
@@ -111,9 +107,7 @@ def test_limits_that_keep_all_change_nothing(logits_V, temperature, uniform):
 @given(logits, temperatures, uniforms, uniforms)
 def test_a_larger_uniform_number_gives_no_smaller_id(logits_V, temperature, one, other):
     low, high = sorted([one, other])
-    chosen = [
-        choose(logits_V, temperature=temperature, top_p=0.9, uniform=uniform) for uniform in (low, high)
-    ]
+    chosen = [choose(logits_V, temperature=temperature, top_p=0.9, uniform=uniform) for uniform in (low, high)]
     assert chosen[0] <= chosen[1]
 
 

@@ -45,12 +45,7 @@ def mask_of_attention(key, first_sequence, shape_BHTT, threshold):
     b, h = shape_BHTT[:2]
     return np.stack(
         [
-            np.stack(
-                [
-                    mask(combine(combine(key, first_sequence + i), j), shape_BHTT[2:], threshold)
-                    for j in range(h)
-                ]
-            )
+            np.stack([mask(combine(combine(key, first_sequence + i), j), shape_BHTT[2:], threshold) for j in range(h)])
             for i in range(b)
         ]
     )

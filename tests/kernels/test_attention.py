@@ -42,9 +42,7 @@ def test_forward_and_backward_equal_their_twins(b, t, heads, d, threshold, rng, 
     kept = mask(b, t, heads, threshold)
     assert_close(out, naive.attention_forward(wide, heads, kept).reshape(out.shape))
     assert np.abs(lse - naive.attention_log_sum_exp(wide, heads).reshape(-1)).max() < FLOAT32
-    assert_close(
-        dqkv, naive.attention_backward(wide_dout, wide, heads, kept).reshape(dqkv.shape), 2 * FLOAT32
-    )
+    assert_close(dqkv, naive.attention_backward(wide_dout, wide, heads, kept).reshape(dqkv.shape), 2 * FLOAT32)
 
 
 def test_sharp_attention_equals_its_twin(rng, buffer):

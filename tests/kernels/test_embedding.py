@@ -29,9 +29,7 @@ def test_backward_equals_its_twin(b, t, v, positions, c, accumulate, rng, buffer
     dout = rng.standard_normal((b * t, c), np.float32)
     dwte, dwpe = buffer(v, c, fill=2), buffer(positions, c, fill=3 if accumulate else np.nan)
     embedding_backward(dout, ids.reshape(-1), t, dwte, dwpe, accumulate)
-    expected_dwte, expected_dwpe = naive.embedding_backward(
-        dout.reshape(b, t, c).astype(float), ids, v, positions
-    )
+    expected_dwte, expected_dwpe = naive.embedding_backward(dout.reshape(b, t, c).astype(float), ids, v, positions)
     assert_close(dwte, 2 + expected_dwte)
     assert_close(dwpe, 3 * accumulate + expected_dwpe)
     assert (dwpe[t:] == 3 * accumulate).all()

@@ -38,9 +38,7 @@ class Blocks:
         d[optimizer.D_CORRECTION_1], d[optimizer.D_CORRECTION_2] = 1 - BETA1**step, 1 - BETA2**step
 
     def update(self, kind, decays=True):
-        addresses = (
-            a.ctypes.data for a in (self.decision, self.gradient, self.params, self.moments, self.squares)
-        )
+        addresses = (a.ctypes.data for a in (self.decision, self.gradient, self.params, self.moments, self.squares))
         update_block.call(kind, *addresses, self.slot.ctypes.data, 1, decays)
 
     def commit(self, kind):
@@ -48,10 +46,7 @@ class Blocks:
         commit_block.call(kind, *addresses, 1)
 
     def state(self):
-        return [
-            a.astype(float).reshape(3, BLOCK)
-            for a in (self.params, self.gradient, self.moments, self.squares)
-        ]
+        return [a.astype(float).reshape(3, BLOCK) for a in (self.params, self.gradient, self.moments, self.squares)]
 
 
 @pytest.mark.parametrize("decays", [False, True])

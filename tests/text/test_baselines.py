@@ -43,9 +43,7 @@ def test_the_weight_is_the_best_on_the_end_of_the_training_ids():
     got = ngram_losses(train, train[:-1], train[1:], 17)
     border = 3600
     held_out = train[border - 1 :].tolist()
-    losses = {
-        k: naive(train[:border].tolist(), held_out[:-1], held_out[1:], 17, k / 64)[1] for k in range(64)
-    }
+    losses = {k: naive(train[:border].tolist(), held_out[:-1], held_out[1:], 17, k / 64)[1] for k in range(64)}
     assert got.weight * 64 == min(losses, key=losses.get)
     assert got.bigram < 0.5 * got.unigram
 

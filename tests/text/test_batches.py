@@ -61,9 +61,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     run = starts(SEED, 0, 60 * batch_size, num_tokens, block_size).reshape(60, batch_size)
     for step in (59, 0, 31, 30):  # in any order, alone or as a run, by sequence or by batch
         again = starts(SEED, step * batch_size, batch_size, num_tokens, block_size)
-        one_by_one = [
-            window_start(SEED, step * batch_size + b, num_tokens, block_size) for b in range(batch_size)
-        ]
+        one_by_one = [window_start(SEED, step * batch_size + b, num_tokens, block_size) for b in range(batch_size)]
         assert (again == run[step]).all() and (one_by_one == run[step]).all()
 
 
@@ -73,9 +71,7 @@ def test_the_batches_stay_what_they_were():
     assert starts(SEED, 10**12, 4, 1003, 10).tolist() == [200, 863, 753, 963]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "item_bytes", "largest"), [(np.uint16, 2, 2**16 - 1), (np.uint32, 4, 2**31 - 1)]
-)
+@pytest.mark.parametrize(("dtype", "item_bytes", "largest"), [(np.uint16, 2, 2**16 - 1), (np.uint32, 4, 2**31 - 1)])
 @pytest.mark.parametrize("length", [1, 7, 20])
 def test_a_window_goes_on_at_the_beginning(dtype, item_bytes, largest, length):
     corpus = (largest - np.arange(20)).astype(dtype)
@@ -104,17 +100,10 @@ def test_an_evaluation_never_leaves_the_validation_part(num_tokens, block_size, 
 
 
 @given(st.integers(2, 300), st.integers(1, 3000), st.integers(1, 4000))
-@pytest.mark.xfail(
-    reason="a validation part shorter than a block and longer than eval_tokens is left", strict=False
-)
-def test_an_evaluation_never_leaves_a_validation_part_shorter_than_a_block(
-    num_tokens, block_size, eval_tokens
-):
+@pytest.mark.xfail(reason="a validation part shorter than a block and longer than eval_tokens is left", strict=False)
+def test_an_evaluation_never_leaves_a_validation_part_shorter_than_a_block(num_tokens, block_size, eval_tokens):
     assume(block_size >= num_tokens)
     check_windows(num_tokens, block_size, eval_tokens)
-
-
-def check_windows(num_tokens, block_size, eval_tokens):
     at, lengths = evaluation_windows(num_tokens, block_size, eval_tokens)
     assert at.size == lengths.size >= 1 and (at >= 0).all() and (lengths >= 1).all()
     assert (at + lengths <= num_tokens - 1).all()  # a window's last target is the token behind it
@@ -137,8 +126,6 @@ def test_a_part_of_the_validation_is_spread_over_it(num_tokens, block_size, eval
 def test_shards_are_contiguous_and_the_first_get_one_sequence_more(batch_size, num_spheres):
     assume(num_spheres <= batch_size)
     shards = [shard(batch_size, num_spheres, sphere) for sphere in range(num_spheres)]
-    assert [first for first, _ in shards] == [
-        sum(count for _, count in shards[:s]) for s in range(num_spheres)
-    ]
+    assert [first for first, _ in shards] == [sum(count for _, count in shards[:s]) for s in range(num_spheres)]
     each, more = divmod(batch_size, num_spheres)
     assert [count for _, count in shards] == [each + 1] * more + [each] * (num_spheres - more)

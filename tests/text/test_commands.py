@@ -56,9 +56,7 @@ def corpus(tmp_path):
 
 
 def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
-    code, out, error = run(
-        "prepare", corpus, "--tokenizer", "bpe", "--vocab-size", "300", "--out", tmp_path / "out"
-    )
+    code, out, error = run("prepare", corpus, "--tokenizer", "bpe", "--vocab-size", "300", "--out", tmp_path / "out")
     assert (code, error) == (0, "")
     assert "30 documents" in out and "vocabulary of 300" in out and "Skipped: 1 binary." in out
     assert f"Next: cllm-spheres train {tmp_path / 'out'}" in out
@@ -95,18 +93,14 @@ def test_a_full_disk_is_bad_input_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_half_written_and_no_process(tmp_path, number, code):
     text = "".join(f"{i} spheres kiss {i * i} others\n" for i in range(400_000))
     (tmp_path / "a.txt").write_text(text)
     process = start(
         "prepare", tmp_path / "a.txt", "--out", tmp_path / "out", "--processes", "2", start_new_session=True
     )
-    workers = wait_for(
-        lambda: psutil.Process(process.pid).children(recursive=True) if list_parts(tmp_path) else []
-    )
+    workers = wait_for(lambda: psutil.Process(process.pid).children(recursive=True) if list_parts(tmp_path) else [])
     os.killpg(process.pid, number)  # as a terminal does it: to the workers too
     _, error = process.communicate(timeout=20)
     assert process.returncode == code, error
@@ -139,9 +133,7 @@ def test_a_library_call_needs_no_main_guard(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.stdout == "once\n270\n", done.stderr
-    done = subprocess.run(
-        [sys.executable, "-"], input=script.read_text(), capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-"], input=script.read_text(), capture_output=True, text=True, timeout=60)
     assert done.stdout == "once\n270\n", done.stderr
 
 

@@ -70,9 +70,7 @@ def test_the_tokens_are_the_documents_with_end_of_text_between(corpus, tmp_path,
 
 def wanted_number(text, wanted):
     (whole,) = (
-        [w for w in wanted if w[: text.find("<unk>")] == text[: text.find("<unk>")]]
-        if "<unk>" in text
-        else ["x"]
+        [w for w in wanted if w[: text.find("<unk>")] == text[: text.find("<unk>")]] if "<unk>" in text else ["x"]
     )
     return whole.split()[-1]
 
@@ -153,10 +151,7 @@ def test_a_large_jsonl_is_read_in_ranges_with_the_same_result(tmp_path, monkeypa
     whole = prepare([tmp_path / "a.jsonl"], tmp_path / "whole", tokenizer="byte")
     monkeypatch.setattr(prepare_module, "JSONL_BYTES", 1500)
     monkeypatch.setattr(prepare_module, "READ_BYTES", 3000)
-    assert (
-        prepare([tmp_path / "a.jsonl"], tmp_path / "ranges", tokenizer="byte").fingerprint
-        == whole.fingerprint
-    )
+    assert prepare([tmp_path / "a.jsonl"], tmp_path / "ranges", tokenizer="byte").fingerprint == whole.fingerprint
     assert whole.manifest["documents"] == 60
 
 
@@ -183,9 +178,7 @@ def test_a_few_documents_are_split_by_position(tmp_path):
     (tmp_path / "b.txt").write_text("second document\n" * 60)
     prepared = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", tokenizer="byte")
     assert prepared.manifest["split"] == "position"
-    assert len(prepared.val) / prepared.manifest["tokens"] == pytest.approx(
-        0.1, abs=0.01
-    )  # one line of 1,860 bytes
+    assert len(prepared.val) / prepared.manifest["tokens"] == pytest.approx(0.1, abs=0.01)  # one line of 1,860 bytes
     val = prepared.tokenizer.decode(prepared.val)
     assert ("second document\n" * 60).endswith(val) and val.startswith("second")
     assert np.count_nonzero(prepared.train == prepared.eot) == 1
@@ -211,18 +204,14 @@ def test_a_vocabulary_above_16_bits_is_written_with_32(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(f"w{i}" for i in range(70_000)) + "\n")
     prepared = prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="word", vocab_size=62_000)
     assert prepared.train.dtype == np.uint16
-    wide = prepare(
-        [tmp_path / "a.txt"], tmp_path / "wide", tokenizer="word", vocab_size=66_000, val_fraction=0
-    )
+    wide = prepare([tmp_path / "a.txt"], tmp_path / "wide", tokenizer="word", vocab_size=66_000, val_fraction=0)
     assert wide.train.dtype == np.uint32 and len(wide.val) == 0
     assert (tmp_path / "wide" / "train.bin").stat().st_size == 4 * 70_000
 
 
 def test_progress_names_the_stages_and_ends_at_their_totals(corpus, tmp_path):
     seen = {}
-    prepare(
-        [corpus], tmp_path / "out", progress=lambda stage, done, total: seen.update({stage: (done, total)})
-    )
+    prepare([corpus], tmp_path / "out", progress=lambda stage, done, total: seen.update({stage: (done, total)}))
     assert list(seen) == list(prepare_module.STAGES)
     assert all(done == total for done, total in seen.values())
 

@@ -65,9 +65,7 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_file_cut_short_is_named_with_both_sizes(folder, name):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-2])
-    with pytest.raises(
-        InputError, match=f"{name} has {len(data) - 2:,} bytes instead of {len(data):,}.*anew"
-    ):
+    with pytest.raises(InputError, match=f"{name} has {len(data) - 2:,} bytes instead of {len(data):,}.*anew"):
         Prepared.open(folder)
 
 

@@ -111,9 +111,7 @@ def test_every_line_of_a_jsonl_is_a_document(read):
     )
 
 
-@pytest.mark.parametrize(
-    "data", [b'{"a": 1}\n{"text": "no"}', b'{\n "text": "pretty"\n}', b"{not json}", b"{}"]
-)
+@pytest.mark.parametrize("data", [b'{"a": 1}\n{"text": "no"}', b'{\n "text": "pretty"\n}', b"{not json}", b"{}"])
 def test_other_json_is_plain_text(read, data):
     assert read(data) == ([data.decode()], {})
 
@@ -130,9 +128,7 @@ def test_ranges_of_a_jsonl_give_every_line_once(tmp_path_factory, lengths, step)
     assert (folder / "0.txt").read_text() == "".join(f"{i}:" + "x" * n for i, n in enumerate(lengths))
 
 
-@pytest.mark.parametrize(
-    "inner", [TEXT.encode(), json.dumps({"text": TEXT}).encode(), gzip.compress(TEXT.encode())]
-)
+@pytest.mark.parametrize("inner", [TEXT.encode(), json.dumps({"text": TEXT}).encode(), gzip.compress(TEXT.encode())])
 def test_gz_is_read_as_what_it_holds(read, inner):
     assert read(gzip.compress(inner) + gzip.compress(b"") * 2, "a.txt") == ([TEXT], {})
 
@@ -163,13 +159,9 @@ def pdf_bytes(text="Kissing spheres"):
         places.append(len(out))
         out += b"%d 0 obj\n%s\nendobj\n" % (i + 1, body)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return (
-        out
-        + b"xref\n0 5\n0000000000 65535 f \n%strailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF"
-        % (
-            table,
-            len(out),
-        )
+    return out + b"xref\n0 5\n0000000000 65535 f \n%strailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (
+        table,
+        len(out),
     )
 
 
@@ -207,7 +199,8 @@ def test_a_file_that_cannot_be_read_is_counted(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("data", [
     TEXT.encode(), TEXT.encode("utf-16"), TEXT.encode("utf-32"), TEXT.encode("cp1252"),
-    gzip.compress(TEXT.encode()), f"<html><body><p>{TEXT}</p></body></html>".encode(), b'{"text": "a"}\n{"text": "b c"}\n',
+    gzip.compress(TEXT.encode()), f"<html><body><p>{TEXT}</p></body></html>".encode(),
+    b'{"text": "a"}\n{"text": "b c"}\n',
 ])  # fmt: skip
 def test_streaming_in_small_chunks_reads_the_same(read, monkeypatch, data, size):
     whole = read(data)

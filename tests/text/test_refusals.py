@@ -43,9 +43,7 @@ def test_options_that_cannot_work_are_refused_and_leave_nothing(tmp_path, option
 def test_vocabulary_sizes_that_are_what_results_are_accepted(tmp_path):
     (tmp_path / "a.txt").write_text("hello world\n" * 40)
     for kind, size in (("byte", 257), ("char", 10), ("word", 4), ("bpe", 262)):
-        assert (
-            prepare([tmp_path / "a.txt"], tmp_path / kind, tokenizer=kind, vocab_size=size).vocab_size == size
-        )
+        assert prepare([tmp_path / "a.txt"], tmp_path / kind, tokenizer=kind, vocab_size=size).vocab_size == size
 
 
 def test_no_text_says_what_was_there_instead(tmp_path):

@@ -9,9 +9,7 @@ from cllm_spheres.text import spool as spool_module
 from cllm_spheres.text.split import split_documents
 from cllm_spheres.text.spool import Part, SpoolReader, SpoolWriter, read_index
 
-texts = st.lists(
-    st.text(alphabet="ab \n\té球", min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8
-)
+texts = st.lists(st.text(alphabet="ab \n\té球", min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8)
 
 
 def spooled(folder, documents, per_file=3):

@@ -120,9 +120,7 @@ def test_a_plot_rises_where_its_curve_rises():
 
 
 def test_the_picture_shows_the_run(tmp_path):
-    run = fake.write(
-        tmp_path / "amber-otter", list(fake.records(63, steps=200, eval_every=50)), torn='{"kind":"st'
-    )
+    run = fake.write(tmp_path / "amber-otter", list(fake.records(63, steps=200, eval_every=50)), torn='{"kind":"st')
     svg(run, tmp_path / "watch.svg", 120, 40)
     picture = (tmp_path / "watch.svg").read_text(encoding="utf-8")
     assert picture.startswith("<svg") and "amber-otter" in picture and "ended" in picture

@@ -84,11 +84,7 @@ def test_a_follower_shows_notices_before_the_run_exists_and_reads_what_is_left_a
         fake.write(run, list(fake.records(2, steps=10, eval_every=5)))
     lines = out.getvalue().splitlines()
     assert lines.count("compiling kernels, once, about 20 s") == 1
-    assert (
-        lines[0].startswith("compiling")
-        and lines[-1] == "Done: 10 steps."
-        and follower.view.current_step == 10
-    )
+    assert lines[0].startswith("compiling") and lines[-1] == "Done: 10 steps." and follower.view.current_step == 10
 
 
 def test_keyboard_interrupt_goes_through_after_the_last_line(tmp_path):
@@ -131,9 +127,7 @@ def test_fast_steps_are_thinned_but_the_first_and_the_last_and_all_others_are_re
     steps = [r["step"] for r in later if r["kind"] == "step"]
     assert steps[-1] == 900 and len(steps) <= 2 * MOST_STEPS
     assert [r for r in later if r["kind"] != "step"] == [r for r in records[600:] if r["kind"] != "step"]
-    short = Reader(
-        fake.write(tmp_path / "short", fake.records(2, steps=NUM_WHOLE)) / "metrics.jsonl"
-    ).read_all()
+    short = Reader(fake.write(tmp_path / "short", fake.records(2, steps=NUM_WHOLE)) / "metrics.jsonl").read_all()
     assert sum(r["kind"] == "step" for r in short) == NUM_WHOLE
 
 

@@ -24,9 +24,7 @@ def view_of(records: Any) -> RunView:
 
 
 def resume(from_step: int, time: float) -> events.Record:
-    return events.event(
-        "resume", f"Resumed at step {from_step}.", step=from_step, time=time, from_step=from_step
-    )
+    return events.event("resume", f"Resumed at step {from_step}.", step=from_step, time=time, from_step=from_step)
 
 
 def test_a_series_of_a_million_steps_stays_bounded_and_keeps_its_ends():
@@ -76,9 +74,7 @@ def test_a_resume_supersedes_the_steps_and_evaluations_beyond_it():
     assert max(p[0] for p in view.loss.points()) <= 450
     assert [p[0] for p in view.val.points()] == [100, 200, 300, 400]
     assert view.best[0] == 400 and view.eval == {}
-    view.add(
-        {"kind": "step", "step": 451, "loss": 9.0, "time": fake.START + 1e4 + 1, "seconds": 1, "tokens": 5}
-    )
+    view.add({"kind": "step", "step": 451, "loss": 9.0, "time": fake.START + 1e4 + 1, "seconds": 1, "tokens": 5})
     assert view.loss.points()[-1] == (451, 9.0) or view.loss.stride > 1
     assert view.current_step == 451 and view.tokens_per_s == 5.0
 
@@ -188,9 +184,7 @@ VALUES = st.one_of(
 ANY = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=12)
 
 
-@given(
-    st.lists(ANY, max_size=15), st.randoms(use_true_random=False), st.integers(20, 130), st.integers(4, 45)
-)
+@given(st.lists(ANY, max_size=15), st.randoms(use_true_random=False), st.integers(20, 130), st.integers(4, 45))
 @settings(max_examples=60, deadline=None)
 def test_no_record_and_no_order_makes_it_raise(strange, rng: random.Random, width, height):
     records = [*fake.records(rng.choice([2, 63]), until=30, eval_every=7), *strange]
