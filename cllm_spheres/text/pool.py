@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from cllm_spheres.errors import RunFailed
@@ -22,6 +23,8 @@ from cllm_spheres.text.work import Task, run_task
 
 _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from cllm_spheres.text.work import main; main()"
 _AHEAD = 4  # finished results a worker that wait for an earlier one: bounds the disk they take
+
+Report = Callable[[int, int], None]
 
 
 def usable_cores() -> int:
@@ -55,14 +58,14 @@ class Pool:
         for worker in self._workers:
             worker.kill()
 
-    def map(self, tasks: Iterable[Task], report: Callable[[int], None] | None = None) -> Iterator[Task]:
-        """Results in the order of the tasks; `report` gets the bytes done in a long task.
+    def map(self, tasks: Iterable[Task], report: Report | None = None) -> Iterator[Task]:
+        """Results in the order of the tasks; `report` gets the numbers of long tasks and the bytes done in them.
 
         RunFailed where a worker process ends.
         """
         if not self._workers:
-            for task in tasks:
-                yield run_task(task, report or (lambda done: None))
+            for number, task in enumerate(tasks):
+                yield run_task(task, partial(report, number) if report else lambda done: None)
             return
         waiting = iter(tasks)
         idle = deque(self._workers)
@@ -90,7 +93,7 @@ class Pool:
                     for message in worker.receive():
                         if "progress" in message:
                             if report:
-                                report(message["progress"])
+                                report(worker.number, message["progress"])
                         else:
                             done[worker.number] = message
                             selector.unregister(worker.stdout)

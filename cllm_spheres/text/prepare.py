@@ -25,7 +25,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.text import folder
 from cllm_spheres.text.embedded import embedded_files, embedded_name
 from cllm_spheres.text.files import FileList, describe_skipped, list_files
-from cllm_spheres.text.pool import Pool, usable_cores
+from cllm_spheres.text.pool import Pool, Report, usable_cores
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.reading import is_json_lines
 from cllm_spheres.text.split import split_documents
@@ -186,12 +186,17 @@ class _Preparation:
         """All files into the spool: index rows without duplicates, and what was left out."""
         tasks = list(_read_tasks(files, str(self.work)))
         skipped = files.skipped.copy()
-        done = 0
+        read = np.zeros(len(tasks), np.int64)  # bytes of each task
+        sizes = [task["bytes"] for task in tasks]
+
+        def report(number: int, done: int) -> None:
+            read[number] = min(done, sizes[number])
+            self.progress("read", int(read.sum()), files.total_bytes)
+
         self.progress("read", 0, files.total_bytes)
-        for task, result in zip(tasks, self.results(tasks), strict=True):
+        for number, result in enumerate(self.results(tasks, report)):
             skipped.update(result["skipped"])
-            done += task["bytes"]
-            self.progress("read", done, files.total_bytes)
+            report(number, sizes[number])
         rows, num_duplicates = read_index(self.work, len(tasks))
         skipped.update({"duplicate": num_duplicates} if num_duplicates else {})
         return rows, skipped
@@ -227,13 +232,13 @@ class _Preparation:
         total = sum(high - low for task in tasks for low, high in _ranges_of(task))
         before = 0
         self.progress(stage, 0, total)
-        results = self.results(tasks, lambda done: self.progress(stage, before + done, total))
+        results = self.results(tasks, lambda number, done: self.progress(stage, before + done, total))
         for task, result in zip(tasks, results, strict=True):
             before += sum(high - low for low, high in _ranges_of(task))
             self.progress(stage, before, total)
             yield result
 
-    def results(self, tasks: list[Task], report: Callable[[int], None] | None = None) -> Iterator[Task]:
+    def results(self, tasks: list[Task], report: Report | None = None) -> Iterator[Task]:
         """Results in order; OSError where a worker met one."""
         for result in self.pool.map(tasks, report):
             if "error" in result:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 PIECE_BYTES = 256 << 10  # text handed to a tokenizer in one call: bounds its memory
+REPORT_BYTES = 8 << 20  # between two words on how far a long file is
 CUT_WINDOW = 4 << 10  # how far a cut may move back to find white space
 
 # One row a document: 128 bits of its hash, its place, its length in bytes.
@@ -26,11 +28,12 @@ ROW = np.dtype([("hash", "<u8"), ("hash_low", "<u8"), ("file", "<u4"), ("offset"
 class SpoolWriter:
     """Writes documents one after another; a document that turns out unusable is taken back."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, report: Callable[[int], None] | None = None) -> None:
         self.number = number
+        self._report, self._reported = report, 0
         self._file: BinaryIO = (folder / f"{number}.txt").open("wb")
         self._index = folder / f"{number}.index"
-        self._rows: list[tuple[int, int, int, int, int]] = []
+        self._rows = array("Q")  # five numbers a document: hash, hash_low, file, offset, size
         self._start = 0
         self._hash = hashlib.blake2b(digest_size=16)
         self._blank = True
@@ -41,6 +44,9 @@ class SpoolWriter:
         self._hash.update(data)
         self._file.write(data)
         self._blank = self._blank and not text.strip()
+        if self._report and self._file.tell() >= self._reported + REPORT_BYTES:
+            self._reported = self._file.tell()
+            self._report(self._reported)
 
     def end(self) -> bool:
         """Close the document; False (and nothing kept) where it was only white space."""
@@ -50,7 +56,7 @@ class SpoolWriter:
         end = self._file.tell()
         digest = self._hash.digest()
         high, low = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:]))
-        self._rows.append((high, low, self.number, self._start, end - self._start))
+        self._rows.extend((high, low, self.number, self._start, end - self._start))
         self._begin(end)
         return True
 
@@ -61,7 +67,7 @@ class SpoolWriter:
     def abort(self, mark: int | None = None) -> None:
         """Forget the open document, and all documents ended since `mark`."""
         if mark is not None and mark < len(self._rows):
-            self._start = self._rows[mark][3]
+            self._start = self._rows[mark + 3]
             del self._rows[mark:]
         self._file.seek(self._start)
         self._file.truncate()
@@ -70,8 +76,12 @@ class SpoolWriter:
     def close(self) -> int:
         """Write the index; the number of documents."""
         self._file.close()
-        np.array(self._rows, ROW).tofile(self._index)
-        return len(self._rows)
+        columns = np.frombuffer(self._rows, np.uint64).reshape(-1, 5)
+        rows = np.empty(len(columns), ROW)
+        for i, name in enumerate(("hash", "hash_low", "file", "offset", "size")):
+            rows[name] = columns[:, i]
+        rows.tofile(self._index)
+        return len(rows)
 
     def _begin(self, start: int) -> None:
         self._start = start

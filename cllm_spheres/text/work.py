@@ -34,7 +34,7 @@ def run_task(task: Task, report: Report = lambda done: None) -> Task:
 
 def _read(task: Task, report: Report) -> Task:
     """files: [path, begin, end] -> spool file `number`; counts of what was skipped."""
-    spool = SpoolWriter(Path(task["work"]), task["number"])
+    spool = SpoolWriter(Path(task["work"]), task["number"], report)
     skipped: Counter[str] = Counter()
     for path, begin, end in task["files"]:
         skipped += read_file(path, spool, begin, end)
