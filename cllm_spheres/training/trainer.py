@@ -197,7 +197,7 @@ class Trainer:
         if self.worse == TURNED_UP_EVALUATIONS:
             self.metrics.event(
                 "turned_up", f"Validation loss has turned up: {result.val_loss:.4f}, it was {self.best_loss:.4f} at"
-                f" step {self.best_step}. The model begins to learn its text by heart; checkpoints/best keeps the best.",
+                f" step {self.best_step}. The model learns its text by heart now; checkpoints/best keeps the best.",
                 self.step, best_step=self.best_step, best_loss=self.best_loss,
             )  # fmt: skip
         return False
