@@ -76,7 +76,7 @@ class SpoolWriter:
     def close(self) -> int:
         """Write the index; the number of documents."""
         self._file.close()
-        columns = np.frombuffer(self._rows, np.uint64).reshape(-1, 5)
+        columns = np.array(self._rows, np.uint64).reshape(-1, 5)
         rows = np.empty(len(columns), ROW)
         for i, name in enumerate(("hash", "hash_low", "file", "offset", "size")):
             rows[name] = columns[:, i]

@@ -216,6 +216,19 @@ def test_progress_names_the_stages_and_ends_at_their_totals(corpus, tmp_path):
     assert all(done == total for done, total in seen.values())
 
 
+def test_progress_goes_on_within_one_long_file(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(500_000)))
+    monkeypatch.setattr(spool, "REPORT_BYTES", 1 << 20)
+    seen = []
+
+    def progress(stage, done, total):
+        seen.append((stage, done / total))
+
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer="byte", progress=progress)
+    read = [share for stage, share in seen if stage == "read"]
+    assert read == sorted(read) and any(0 < share < 1 for share in read)
+
+
 def test_the_files_follow_each_other_in_sorted_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "c/a.txt", "B.txt"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
