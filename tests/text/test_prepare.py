@@ -217,8 +217,8 @@ def test_progress_names_the_stages_and_ends_at_their_totals(corpus, tmp_path):
 
 
 def test_progress_goes_on_within_one_long_file(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(500_000)))
-    monkeypatch.setattr(spool, "REPORT_BYTES", 1 << 20)
+    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(250_000)))
+    monkeypatch.setattr(spool, "REPORT_BYTES", 1 << 18)
     seen = []
 
     def progress(stage, done, total):
