@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,31 +26,26 @@ from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.machine import available_memory, size
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.server import PACKET_BYTES
+from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.spheres.topology import hosted
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
 SILENCE_S = 120.0  # a worker that computes raises its progress at every layer; after this long it counts as hung
-THREAD_CAPS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment of Node Zero and the server: thread caps stand before anything imports numpy."""
-    return {**os.environ, **dict.fromkeys(THREAD_CAPS, "1"), "PYTHONUNBUFFERED": "1"}
 
 
 class NodeZero:
     """The spheres of one run. `memory` is valid from `start` to `close`."""
 
     def __init__(
-        self,
-        job: Job,
-        status: Callable[[str], None] = lambda text: None,
-        look: Callable[[], None] = lambda: None,
-    ) -> None:
-        """status: told what a person may want to know; look: called about ten times a second in `start` and `do`."""
+        self, job: Job, status: Callable[[str], None] = lambda text: None, look: Callable[[], None] = lambda: None,
+        server: Server | None = None,
+    ) -> None:  # fmt: skip
+        """status: told what a person may want to know; look: called about ten times a second in `start` and `do`;
+        server: one that has been started already.
+        """
         self.job = job
         self.memory = SharedMemory(job.sizes)
-        self._status, self._look = status, look
+        self._status, self._look, self._server_given = status, look, server
         self._lost: list[tuple[int, int, int]] = []  # worker, pid, wait status
         self._pids: dict[int, int] = {}
         self._ended: set[int] = set()
@@ -74,13 +68,8 @@ class NodeZero:
         """The server and all workers; returns when every worker is ready. RunFailed where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection = ours
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        theirs.close()
+        server = self._server_given or start_server()
+        self._server, self._connection = server.process, server.connection
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         while not self._warm.wait(LOOK_AROUND_S):

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from cllm_spheres.spheres.node_zero import clean_environment
+from cllm_spheres.spheres.serving import clean_environment
 from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.signals import STOP_SIGNALS
 

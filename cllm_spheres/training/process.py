@@ -13,12 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres.checkpoint.lock import lock
-from cllm_spheres.config import build
 from cllm_spheres.errors import Interrupted, SpheresError
-from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
-from cllm_spheres.training.trainer import Trainer
+from cllm_spheres.spheres.serving import Server, start_server
 
 
 def say(**message: Any) -> None:
@@ -30,8 +26,14 @@ def say(**message: Any) -> None:
         pass  # the launcher is gone; the run's folder holds everything
 
 
-def run_training(order: dict[str, Any]) -> dict[str, Any]:
-    """Train as ordered; the outcome: code, message and the run's folder."""
+def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
+    """Train as ordered; the outcome: exit code and message."""
+    from cllm_spheres.checkpoint.lock import lock
+    from cllm_spheres.config import build
+    from cllm_spheres.text.prepared import Prepared
+    from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
+    from cllm_spheres.training.trainer import Trainer
+
     run = Path(order["run"])
     with lock(run):
         config, where = read_config(run)
@@ -41,7 +43,7 @@ def run_training(order: dict[str, Any]) -> dict[str, Any]:
         checkpoint, refused = newest_checkpoint(run) if order["resume"] else (None, [])
         trainer = Trainer(
             run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"],
-            status=lambda text: say(status=text),
+            status=lambda text: say(status=text), server=server,
         )  # fmt: skip
         at = checkpoint.step if checkpoint else 0
         for reason in refused:
@@ -79,8 +81,9 @@ def run_training(order: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Obey the order on standard input."""
     order = json.loads(sys.stdin.buffer.readline())
+    server = start_server()  # it warms up while this process still imports
     try:
-        outcome = run_training(order)
+        outcome = run_training(order, server)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
     except BaseException:

@@ -24,6 +24,7 @@ from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.machine import usable_cores
 from cllm_spheres.spheres.node_zero import NodeZero
+from cllm_spheres.spheres.serving import Server
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.evaluation import Windows
 from cllm_spheres.training.metrics import Metrics, SphereSampler
@@ -41,7 +42,7 @@ class Trainer:
 
     def __init__(
         self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int,
-        status: Callable[[str], None],
+        status: Callable[[str], None], server: Server | None = None,
     ) -> None:  # fmt: skip
         self.run, self.config, self.prepared = run, config, prepared
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
@@ -57,7 +58,7 @@ class Trainer:
         self.worse = 0  # evaluations since the best
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(run / "metrics.jsonl")
-        self.node_zero = NodeZero(make_job(config, prepared), status, self._leave_early)
+        self.node_zero = NodeZero(make_job(config, prepared), status, self._leave_early, server)
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._wish_to_stop)
 
