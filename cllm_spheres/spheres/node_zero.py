@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import RunFailed, SphereLost
+from cllm_spheres.machine import available_memory, size
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
-from cllm_spheres.spheres.machine import available_memory, size
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.server import PACKET_BYTES
 from cllm_spheres.spheres.serving import Server, start_server

@@ -16,7 +16,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.text.work import Task, run_task
@@ -25,24 +24,6 @@ _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from cllm_sphe
 _AHEAD = 4  # finished results a worker that wait for an earlier one: bounds the disk they take
 
 Report = Callable[[int, int], None]
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity and the limits of its cgroup (version 1 and 2)."""
-    cores = len(os.sched_getaffinity(0))
-    for path, period_path in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            words = Path(path).read_text().split()
-            if period_path:
-                words += Path(period_path).read_text().split()
-            if words[0] not in ("max", "-1"):
-                cores = min(cores, -(-int(words[0]) // int(words[1])))
-        except (OSError, ValueError, IndexError):
-            continue
-    return max(cores, 1)
 
 
 class Pool:

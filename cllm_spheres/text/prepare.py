@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import InputError
+from cllm_spheres.machine import usable_cores
 from cllm_spheres.text import folder
 from cllm_spheres.text.embedded import embedded_files, embedded_name
 from cllm_spheres.text.files import FileList, describe_skipped, list_files
-from cllm_spheres.text.pool import Pool, Report, usable_cores
+from cllm_spheres.text.pool import Pool, Report
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.reading import is_json_lines
 from cllm_spheres.text.split import split_documents
@@ -101,7 +102,7 @@ def prepare_files(
         raise InputError(f"--processes {processes}: give 1 or more.")
     if not files.paths:
         raise no_text(sources, files.skipped)
-    num_processes = processes or usable_cores()
+    num_processes = processes or len(usable_cores())
     if files.total_bytes < INLINE_BYTES:
         num_processes = 0
     num_processes = min(num_processes, 1 + files.total_bytes // BYTES_PER_PROCESS)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
+from cllm_spheres.machine import available_memory, check_platform, size, usable_cores
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.job import Job
-from cllm_spheres.spheres.machine import available_memory, check_platform, size, usable_cores
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.windows import evaluation_windows

@@ -20,9 +20,9 @@ from cllm_spheres.checkpoint.fingerprint import differences
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import Interrupted, NonFinite
+from cllm_spheres.machine import usable_cores
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.machine import usable_cores
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.spheres.serving import Server
 from cllm_spheres.text.prepared import Prepared
