@@ -26,7 +26,11 @@ import numpy as np
 from numba import types
 
 PACKAGE = Path(__file__).resolve().parent.parent
-COMPILED_FOLDERS = ("crystal", "kernels", "model", "spheres", "text")  # the folders that hold jitted code
+# Jitted code, and the modules whose constants it takes in.
+COMPILED = (
+    "crystal/*.py", "kernels/*.py", "model/*.py", "spheres/atomics.py", "spheres/engine.py", "spheres/memory.py",
+    "text/batches.py",
+)  # fmt: skip
 OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
 
 
@@ -43,9 +47,9 @@ def cpu_features() -> str:
 def source_hash() -> str:
     """sha256 over the names and contents of all sources that may be compiled."""
     digest = hashlib.sha256()
-    for folder in COMPILED_FOLDERS:
-        for path in sorted((PACKAGE / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    for pattern in COMPILED:
+        for path in sorted(PACKAGE.glob(pattern)):
+            digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -52,6 +52,7 @@ class Settings:
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     val_fraction: float = 0.1
+    exact: bool = True  # a vocab_size that the text cannot give is an error; else the most it gives is taken
 
     def check(self) -> None:
         """InputError where these settings cannot work with any text."""
@@ -149,7 +150,7 @@ class _Preparation:
             save_part(self.work, name, part)
         ranges = {name: list(_units(part)) for name, part in parts.items()}
         tokenizer, notes = make_tokenizer(
-            settings.tokenizer, settings.vocab_size, self.work, train, ranges, self.run_tasks
+            settings.tokenizer, settings.vocab_size, settings.exact, self.work, train, ranges, self.run_tasks
         )
         tokenizer.save(self.temporary / "tokenizer.json")
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

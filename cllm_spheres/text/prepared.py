@@ -164,6 +164,7 @@ def prepare_cached(
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
     val_fraction: float = 0.1,
+    exact: bool = True,
     progress: Callable[[str, float, float], None] | None = None,
 ) -> Prepared:
     """The prepared form of some text, made only once: what `train PATH` calls.
@@ -181,7 +182,7 @@ def prepare_cached(
         source_paths = [source_paths]
     if source_paths is not None and len(source_paths) == 1 and folders.is_prepared(Path(source_paths[0])):
         return Prepared.open(source_paths[0])
-    settings = Settings(tokenizer, vocab_size, val_fraction)
+    settings = Settings(tokenizer, vocab_size, val_fraction, exact)
     settings.check()
     files = embedded_files() if source_paths is None else list_files(source_paths)
     sources = [embedded_name()] if source_paths is None else list(map(str, source_paths))
@@ -242,6 +243,7 @@ def _settings_hash(settings: Settings) -> Any:
         folders.VERSION,
         settings.tokenizer,
         settings.vocab_size,
+        settings.exact,
         settings.val_fraction,
         tokenizers.__version__,
     ]

@@ -50,6 +50,7 @@ def check_vocabulary(kind: str, vocab_size: int | None) -> None:
 def make_tokenizer(
     kind: str,
     vocab_size: int | None,
+    exact: bool,
     work: Path,
     train: Part,
     ranges: dict[str, list[tuple[int, int]]],
@@ -57,6 +58,7 @@ def make_tokenizer(
 ) -> tuple[Tokenizer, list[str]]:
     """A tokenizer for the spooled parts, and notes on how it was made. InputError where the size cannot be.
 
+    `exact`: a vocab_size that the text cannot give is an InputError; else the most it gives is taken.
     `ranges` are the units of text of each part. char sees all characters; word and bpe learn from the
     training part alone.
     """
@@ -65,8 +67,8 @@ def make_tokenizer(
     if kind == "char":
         return _char(vocab_size, work, ranges, run), []
     if kind == "word":
-        return _word(vocab_size, work, ranges["train"], run)
-    return _bpe(vocab_size, work, train, run)
+        return _word(vocab_size, exact, work, ranges["train"], run)
+    return _bpe(vocab_size, exact, work, train, run)
 
 
 def _char(vocab_size: int | None, work: Path, ranges: dict[str, list[tuple[int, int]]], run: RunTasks) -> Tokenizer:
@@ -89,7 +91,7 @@ def _char(vocab_size: int | None, work: Path, ranges: dict[str, list[tuple[int, 
 
 
 def _word(
-    vocab_size: int | None, work: Path, bounds: list[tuple[int, int]], run: RunTasks
+    vocab_size: int | None, exact: bool, work: Path, bounds: list[tuple[int, int]], run: RunTasks
 ) -> tuple[Tokenizer, list[str]]:
     tasks: list[dict[str, Any]] = [
         {
@@ -111,7 +113,7 @@ def _word(
         if len(counts) > MAX_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count > 1})
             notes = [f"Words were counted {MAX_WORDS:,} at a time: rare ones may be missing."]
-    if vocab_size is not None and vocab_size > len(counts) + 2:
+    if exact and vocab_size is not None and vocab_size > len(counts) + 2:
         raise InputError(
             f"--vocab-size {vocab_size} is more than the text gives: its training part has {len(counts)} "
             f"different words. Give --vocab-size {len(counts) + 2} (with unknown and end of text) or less."
@@ -121,7 +123,7 @@ def _word(
     return WordTokenizer(words), notes
 
 
-def _bpe(vocab_size: int | None, work: Path, train: Part, run: RunTasks) -> tuple[Tokenizer, list[str]]:
+def _bpe(vocab_size: int | None, exact: bool, work: Path, train: Part, run: RunTasks) -> tuple[Tokenizer, list[str]]:
     total = train.high - train.low
     num_ranges = min(-(-total // SAMPLE_RANGE_BYTES), SAMPLE_BYTES // SAMPLE_RANGE_BYTES)
     length = min(SAMPLE_RANGE_BYTES, -(-total // num_ranges))
@@ -139,7 +141,7 @@ def _bpe(vocab_size: int | None, work: Path, train: Part, run: RunTasks) -> tupl
     wanted = vocab_size or DEFAULT_BPE
     task = {"do": "train_bpe", "work": str(work), "part": "train", "vocab_size": wanted, "ranges": ranges}
     (result,) = run([task | {"out": str(out)}], "vocabulary")
-    if vocab_size is not None and result["vocab_size"] < vocab_size:
+    if exact and vocab_size is not None and result["vocab_size"] < vocab_size:
         raise InputError(
             f"--vocab-size {vocab_size} is more than the text gives: bpe finds {result['vocab_size']} "
             f"tokens in it. Give --vocab-size {result['vocab_size']} or less, or more text."

@@ -49,7 +49,9 @@ def prepare_data(
     source = minimal_text() if data is None and preset == "minimal" else data
     own_vocab = "vocab_size" in given
     wanted = vocab_size if own_vocab or tokenizer in ("bpe", "word") else None
-    prepared = prepare_cached(None if source is None else [source], tokenizer, wanted, progress=progress)
+    prepared = prepare_cached(
+        None if source is None else [source], tokenizer, wanted, exact=own_vocab, progress=progress
+    )
     for key, value, actual in (
         ("tokenizer", tokenizer, prepared.manifest["tokenizer"]), ("vocab_size", vocab_size, prepared.vocab_size),
     ):  # fmt: skip
