@@ -1,0 +1,340 @@
+"""Every phase of a step can be done again, and the update goes on wherever it was interrupted."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from cllm_spheres.kernels.gather import global_norm
+from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECISION_WORDS
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.model.geometry import geometry
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.spheres import engine
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.memory import SharedMemory
+from cllm_spheres.spheres.worker import Worker
+
+STEP = 3  # the step that these tests do; any would serve
+SMALL = Shape(vocab_size=300, block_size=8, layers=1, heads=2, width=32, ff_width=64)
+# Two million parameters: an update takes some milliseconds, long enough to be killed in the middle.
+LARGE = Shape(vocab_size=8_000, block_size=8, layers=1, heads=2, width=256, ff_width=64)
+
+
+class Spheres:
+    """The shared memory of a run and its workers, in this process: phases are called, nothing is started."""
+
+    def __init__(self, corpus, shape=SMALL, workers=1, **options):
+        options = {"batch_size": 10, "spheres": 7, "clip": 0.5, "seed": 11, **options}
+        self.job = Job(
+            shape=shape, workers=workers, train=str(corpus), val=str(corpus), item_bytes=2, num_windows=0,
+            train_tokens=corpus.stat().st_size // 2, val_tokens=corpus.stat().st_size // 2, **options,
+        )  # fmt: skip
+        self.memory = SharedMemory(self.job.sizes)
+        self.workers = [Worker(self.job, self.memory, worker) for worker in range(workers)]
+        self.contexts = [worker.context for worker in self.workers]
+        rng = np.random.default_rng(2)
+        self.memory.params[:] = 0.1 * rng.standard_normal(self.memory.params.size, np.float32)
+        self.memory.moments[:] = rng.standard_normal(self.memory.moments.size, np.float32)
+        self.memory.squares[:] = rng.random(self.memory.squares.size, np.float32)
+        for word, value in ((M.DONE, STEP - 1), (M.GATE, STEP - 1), (M.APPLIED, STEP - 1)):
+            self.word(word)[0] = value
+        self.memory.doubles(self.regions.rates, 1)[0] = 1e-2
+
+    @property
+    def regions(self):
+        return self.memory.regions
+
+    def word(self, word):
+        return self.memory.words(self.regions.control + word * M.LINE, 1)
+
+    def compute(self):
+        for x in self.contexts:
+            engine._compute(x, STEP)
+
+    def gather(self):
+        for x in self.contexts:
+            engine._gather(x)
+
+    def decide(self):
+        return engine._decide(self.contexts[0], STEP, 0)
+
+    def update(self):
+        for x in self.contexts:
+            engine._update(x, STEP)
+
+    def region(self, name):
+        """A copy of what lies in a region: bytes, but words that tell times are left out."""
+        r, sizes = self.regions, self.memory.sizes
+        blocks = sizes.num_parameters // BLOCK
+        if name == "losses":
+            return self.memory.sphere_words()[:, [M.P_COMPLETE, M.P_LOSS]].tobytes()
+        start, count = {
+            "decision": (r.decision, DECISION_WORDS * 8),
+            "norms": (r.norms, blocks * 8),
+            "params": (r.params, r.stride),
+            "moments": (r.moments, r.stride),
+            "squares": (r.squares, r.stride if sizes.has_squares else 0),
+            "gradient": (r.gradient, r.stride),
+            "segments": (r.segments, r.stride * sizes.num_spheres),
+        }[name]
+        return self.memory._bytes[start : start + count].tobytes()
+
+    def state(self):
+        names = "losses", "decision", "norms", "params", "moments", "squares", "gradient", "segments"
+        return {name: self.region(name) for name in names}
+
+    def weights(self):
+        return [self.region(name) for name in ("params", "moments", "squares")]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A corpus of 4,000 ids below 300."""
+    path = tmp_path_factory.mktemp("tokens") / "train.bin"
+    np.random.default_rng(0).integers(0, 300, 4000).astype("<u2").tofile(path)
+    return path
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_phase_can_be_done_again_and_writes_nothing_but_its_outputs(tokens, optimizer, dropout):
+    spheres = Spheres(tokens, optimizer=optimizer, dropout=dropout)
+    squares = {"squares"} if optimizer == "adamw" else set()
+    for phase, outputs in (
+        (spheres.compute, {"segments", "losses"}),
+        (spheres.gather, {"gradient", "norms"}),
+        (spheres.decide, {"decision"}),
+        (spheres.update, {"params", "moments"} | squares),
+    ):
+        before = spheres.state()
+        phase()
+        once = spheres.state()
+        assert {name for name in before if once[name] != before[name]} == outputs, phase.__name__
+        if phase == spheres.decide:
+            spheres.word(M.GATE)[0] = STEP - 1  # a decision is made once
+        phase()
+        assert spheres.state() == once, phase.__name__
+
+
+def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
+    spheres = Spheres(tokens)
+    spheres.compute()
+    spheres.gather()
+    once = spheres.state()
+    layout = Layout(spheres.job.shape)
+    for segment in map(spheres.memory.segment, range(spheres.job.spheres)):
+        for view in layout.views(segment).values():  # the padding between them is written by nobody
+            view[...] = np.nan
+    spheres.memory.floats(spheres.regions.gradient, layout.size)[:] = np.nan
+    spheres.memory.doubles(spheres.regions.norms, layout.num_blocks)[:] = np.nan
+    for x in spheres.contexts:
+        arena_floats = geometry(layout, largest_shard=spheres.job.largest_shard).arena_floats
+        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[engine.ARENA])))
+        arena[:] = np.nan
+    spheres.compute()
+    spheres.gather()
+    assert spheres.state() == once
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_the_memory_does_not_depend_on_who_does_the_work(tokens, workers):
+    states = []
+    for number in (1, workers):
+        spheres = Spheres(tokens, workers=number)
+        for phase in (spheres.compute, spheres.gather, spheres.decide, spheres.update):
+            phase()
+        states.append(spheres.state())
+    assert states[0] == states[1]
+
+
+# --- gather ---
+
+
+@pytest.mark.parametrize("num_spheres", [1, 2, 3, 4, 5, 6, 9, 12, 63])
+def test_segments_are_added_in_the_order_of_the_spheres(tokens, rng, num_spheres):
+    spheres = Spheres(tokens, spheres=num_spheres, batch_size=num_spheres)
+    segments = [spheres.memory.segment(s) for s in range(num_spheres)]
+    for segment in segments:
+        # of very different sizes, so that any other order gives other bits
+        segment[:] = rng.standard_normal(segment.size) * 10.0 ** rng.integers(-6, 6, segment.size)
+    spheres.gather()
+    expected = segments[0].copy()
+    for segment in segments[1:]:
+        expected += segment
+    gradient = spheres.memory.floats(spheres.regions.gradient, expected.size)
+    assert gradient.tobytes() == expected.tobytes()
+    if num_spheres > 2:
+        assert gradient.tobytes() != sum(segments[::-1][1:], segments[-1].copy()).tobytes()
+    norms = spheres.memory.doubles(spheres.regions.norms, expected.size // BLOCK)
+    exact = (expected.astype(np.float64).reshape(-1, BLOCK) ** 2).sum(1)
+    # 4,096 additions in float64, in any order
+    assert np.allclose(norms, exact, rtol=4096 * 2.0**-53, atol=0)
+    total = 0.0
+    for square in norms.tolist():
+        total += square
+    assert global_norm.call(norms.ctypes.data, len(norms)) == math.sqrt(total)
+
+
+# --- decide ---
+
+
+def decision(spheres):
+    return spheres.memory.doubles(spheres.regions.decision, DECISION_WORDS)
+
+
+def test_a_decision_clips_and_corrects_by_the_updates_that_were_applied(tokens):
+    spheres = Spheres(tokens, beta1=0.5, clip=0.05)
+    spheres.word(M.APPLIED)[0] = 1  # of two steps one was skipped: this is Adam's second update
+    spheres.compute()
+    spheres.gather()
+    assert spheres.decide() == 0
+    record = spheres.memory.ring_doubles()[0]
+    norm = record[M.R_NORM]
+    assert norm > 0.05 and abs(record[M.R_CLIPPED] - 0.05) < 1e-16  # two roundings of 0.05 / norm * norm
+    assert decision(spheres)[D_FACTOR] == 0.05 / norm
+    assert decision(spheres)[D_LR] == record[M.R_LR] == 1e-2
+    assert decision(spheres)[D_CORRECTION_1] == 1 - 0.5**2
+    losses = spheres.memory.sphere_words().view(np.float64)[:, M.P_LOSS].tolist()
+    total = 0.0
+    for loss in losses:
+        total += loss
+    assert record[M.R_LOSS] == total / 80 and np.isfinite(total)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("skip", "verdict", "halt"), [(False, 2, M.HALT_NONFINITE), (True, 1, 0)])
+def test_what_is_not_finite_halts_or_skips(tokens, value, skip, verdict, halt):
+    spheres = Spheres(tokens, skip_nonfinite=skip)
+    spheres.compute()
+    spheres.memory.segment(4)[17] = value
+    spheres.gather()
+    assert spheres.decide() == verdict
+    assert spheres.word(M.HALT)[0] == halt
+    assert spheres.memory.ring_words()[0, M.R_SKIPPED] == 1
+
+
+def test_a_closed_gate_keeps_the_update_from_beginning(tokens):
+    spheres = Spheres(tokens)
+    spheres.compute()
+    spheres.gather()
+    spheres.word(M.GATE)[0] = -1 - (STEP - 1)
+    assert spheres.decide() == 2
+    spheres.word(M.GATE)[0] = STEP - 1
+    assert spheres.decide() == 0
+    assert spheres.word(M.GATE)[0] == STEP  # too late to close it
+
+
+# --- update ---
+
+
+def ready(spheres):
+    """Everything before the update of STEP; returns what the undisturbed update makes of it."""
+    spheres.compute()
+    spheres.gather()
+    assert spheres.decide() == 0
+    before = spheres.weights()
+    spheres.update()
+    undisturbed = spheres.weights()
+    assert undisturbed != before
+    return before, undisturbed
+
+
+def put_back(spheres, before):
+    """The weights as they were, and the words of workers that have not begun."""
+    for name, data in zip(("params", "moments", "squares"), before, strict=True):
+        start = getattr(spheres.regions, name)
+        spheres.memory._bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
+    spheres.memory.worker_words()[:, [M.W_SLOT, M.W_BLOCKS]] = 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, optimizer):
+    spheres = Spheres(tokens, optimizer=optimizer)
+    before, undisturbed = ready(spheres)
+    x = spheres.contexts[0]
+    num_blocks = int(x[engine.NUM_BLOCKS])
+    assert num_blocks >= 5
+    for stop in range(num_blocks):
+        for copied in (None, 0, 1000, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK):
+            put_back(spheres, before)
+            x[engine.LAST_BLOCK] = stop
+            engine._update(x, STEP)
+            if copied is not None:
+                interrupt_in_copy(spheres, x, stop, copied)
+            x[engine.LAST_BLOCK] = num_blocks
+            engine._update(x, STEP)
+            assert spheres.weights() == undisturbed, (stop, copied)
+
+
+def interrupt_in_copy(spheres, x, block, copied):
+    """As if a worker had died with `copied` floats of a published block in place."""
+    tag = STEP * (int(x[engine.NUM_BLOCKS]) + 1) + block + 1
+    saved = spheres.weights()
+    x[engine.LAST_BLOCK] = block + 1
+    engine._update(x, STEP)  # leaves the new block in the slot
+    x[engine.LAST_BLOCK] = int(x[engine.NUM_BLOCKS])
+    slot = spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS).copy()
+    put_back(spheres, saved)
+    spheres.memory.worker_words()[0, [M.W_SLOT, M.W_BLOCKS]] = tag, tag - 1 if block else 0
+    places = spheres.memory.params, spheres.memory.moments, spheres.memory.squares
+    for part, place in enumerate(places):
+        count = min(max(copied - part * BLOCK, 0), BLOCK)
+        if place.size:
+            place[block * BLOCK : block * BLOCK + count] = slot[part * BLOCK : part * BLOCK + count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, optimizer):
+    spheres = Spheres(tokens, LARGE, spheres=1, batch_size=1, optimizer=optimizer)
+    before, undisturbed = ready(spheres)
+    x = spheres.contexts[0]
+    words = spheres.memory.worker_words()[0]
+    begun = spheres.memory.words(spheres.regions.norms, 1)  # not needed any more: here the child says hello
+    put_back(spheres, before)
+    start = time.perf_counter()
+    engine._update(x, STEP)
+    whole_s = time.perf_counter() - start
+    dice = random.Random(7)
+    in_the_middle = in_a_copy = 0
+    for _ in range(25):
+        put_back(spheres, before)
+        for _ in range(4):
+            begun[0] = 0
+            child = os.fork()
+            if child == 0:
+                begun[0] = 1
+                engine._update(x, STEP)
+                os._exit(0)
+            while begun[0] == 0:
+                pass
+            time.sleep(dice.uniform(0, whole_s / 2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            in_the_middle += spheres.weights() != undisturbed and words[M.W_BLOCKS] > 0
+            in_a_copy += words[M.W_SLOT] != words[M.W_BLOCKS]
+        engine._update(x, STEP)
+        assert spheres.weights() == undisturbed
+    # Of 100 kills many come too late; that none hit a copy, which takes a third of the time, does not happen.
+    assert in_the_middle > 0 and in_a_copy > 0
+
+
+def test_an_update_done_already_is_left_alone_and_the_next_step_begins_anew(tokens):
+    spheres = Spheres(tokens)
+    _, undisturbed = ready(spheres)
+    spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS)[:] = np.nan
+    spheres.update()
+    assert spheres.weights() == undisturbed
+    for x in spheres.contexts:
+        engine._update(x, STEP + 1)
+    assert spheres.weights() != undisturbed
+    assert np.isfinite(spheres.memory.params).all()
