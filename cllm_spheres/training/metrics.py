@@ -34,8 +34,10 @@ class Metrics:
 
     def write(self, *records: dict[str, Any]) -> None:
         """Append records; RunFailed where the disk refuses."""
+        rest = memoryview("".join(dumps(record) + "\n" for record in records).encode())
         try:
-            self._file.write("".join(dumps(record) + "\n" for record in records).encode())
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise RunFailed(f"{self.path} cannot be written: {error.strerror}. Checkpoints are intact.") from None
 

@@ -6,6 +6,7 @@ JSON lines to standard output: {"status": text} while it starts, {"outcome": {..
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres.errors import Interrupted, SpheresError
+from cllm_spheres.errors import Interrupted, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
 
 
@@ -59,7 +60,8 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
             reason = trainer.train(checkpoint)
         except Interrupted as error:
             resume = f"Go on with: cllm-spheres train --resume --run {run}"
-            trainer.metrics.event("end", f"{error} {resume}", trainer.step, reason="signal")
+            with contextlib.suppress(RunFailed):  # a full disk: what is saved is saved
+                trainer.metrics.event("end", f"{error} {resume}", trainer.step, reason="signal")
             return {"code": error.exit_code, "message": f"{error}\n{resume}"}
         except SpheresError as error:
             last = max(trainer.store.steps(), default=None)
@@ -69,7 +71,8 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
                 else f"The last checkpoint is {trainer.store.path(last)}."
             )
             message = f"{type(error).__name__}: {error}\n{saved}"
-            trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
+            with contextlib.suppress(RunFailed):
+                trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
             return {"code": error.exit_code, "message": message}
         path = trainer.store.path(trainer.step)
         trainer.metrics.event(
