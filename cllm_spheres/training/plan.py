@@ -18,7 +18,9 @@ from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.windows import evaluation_windows
 
 WORKER_BYTES = 12_000_000  # of a forked worker besides its arena, measured at 8 to 12 MB
-EVAL_BATCHES = 32
+EVAL_BATCHES = 32  # at most
+EVAL_SHARE = 0.05  # of the time of a run, about
+STEP_PER_FORWARD = 3  # a training step costs about three forward passes
 LONGEST_EVAL_INTERVAL = 250
 
 
@@ -47,7 +49,8 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     if config.save_every is None:
         values["save_every"] = values["eval_every"]
     if config.eval_tokens is None:
-        values["eval_tokens"] = EVAL_BATCHES * batch_size * config.block_size
+        batches = min(EVAL_BATCHES, max(4, round(values["eval_every"] * EVAL_SHARE * STEP_PER_FORWARD)))
+        values["eval_tokens"] = batches * batch_size * config.block_size
     resolved = Config(**values)
     check_memory(resolved, prepared)
     return resolved
