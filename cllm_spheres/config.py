@@ -85,7 +85,8 @@ class Config(BaseModel):
     eval_tokens: int | None = Field(
         None,
         ge=1,
-        description="Validation tokens for one evaluation, at pinned places. Default: what costs about 5 % of the run, at most 32 batches.",
+        description="Validation tokens for one evaluation, at pinned places. "
+        "Default: what costs about 5 % of the run, at most 32 batches.",
     )
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: --eval-every.")
     keep: int = Field(3, ge=1, description="Checkpoints kept besides the best.")
