@@ -1,0 +1,123 @@
+"""What this process may use, read from made-up control groups of both versions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cllm_spheres.errors import InputError
+from cllm_spheres.spheres import machine
+
+GB = 10**9
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """groups(lines, files): /proc/self/cgroup and what lies below /sys/fs/cgroup."""
+
+    def make(lines, files):
+        root = tmp_path / "cgroup"
+        for name, content in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        listing = tmp_path / "self"
+        listing.write_text(lines)
+        monkeypatch.setattr(machine, "_CGROUP", root)
+        real = Path.read_text
+
+        def read_text(path, *args, **kwargs):
+            return real(listing if str(path) == "/proc/self/cgroup" else path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GB))
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(1000, 1008)))
+
+    return make
+
+
+def test_without_limits_everything_is_there(groups):
+    groups("0::/\n", {})
+    assert machine.cpu_quota() is None
+    assert machine.available_memory() == 64 * GB
+    assert machine.usable_cores() == list(range(1000, 1008))  # these have no topology: each counts as a core
+
+
+@pytest.mark.parametrize("folder", ["", "unified/"])
+def test_version_2_the_tightest_limit_on_the_way_up_counts(groups, folder):
+    groups(
+        "0::/pod/container\n",
+        {
+            f"{folder}pod/cpu.max": "250000 100000\n",
+            f"{folder}pod/container/cpu.max": "max 100000\n",
+            f"{folder}pod/memory.max": "8000000000\n",
+            f"{folder}pod/memory.current": "3000000000\n",
+            f"{folder}pod/memory.stat": "anon 1\ninactive_file 1000000000\nfile 7\n",
+            f"{folder}pod/container/memory.max": "max\n",
+            f"{folder}pod/container/memory.current": "1\n",
+        },
+    )
+    assert machine.cpu_quota() == 2.5
+    assert machine.usable_cores() == [1000, 1001]
+    assert machine.available_memory() == 6 * GB  # what the page cache holds can be had back
+
+
+def test_version_1_controllers_have_folders_of_their_own(groups):
+    groups(
+        "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n",
+        {
+            "cpu/docker/abc/cpu.cfs_quota_us": "350000\n",
+            "cpu/docker/abc/cpu.cfs_period_us": "100000\n",
+            "cpu/cpu.cfs_quota_us": "-1\n",
+            "cpu/cpu.cfs_period_us": "100000\n",
+            "memory/docker/abc/memory.limit_in_bytes": "4000000000\n",
+            "memory/docker/abc/memory.usage_in_bytes": "3500000000\n",
+            "memory/docker/abc/memory.stat": "total_inactive_file 250000000\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "memory/memory.usage_in_bytes": "5000000000\n",
+        },
+    )
+    assert machine.cpu_quota() == 3.5
+    assert machine.usable_cores() == [1000, 1001, 1002]
+    assert machine.available_memory() == 750_000_000
+
+
+def test_inside_a_container_the_own_limit_stands_at_the_top(groups):
+    """The path of /proc/self/cgroup is the host's there, and does not exist below the mount."""
+    files = {"cpu.max": "150000 100000", "memory.max": "2000000000", "memory.current": "500000000"}
+    groups("0::/docker/elsewhere\n", files)
+    assert machine.cpu_quota() == 1.5
+    assert machine.usable_cores() == [1000]
+    assert machine.available_memory() == 1_500_000_000
+
+
+def test_less_than_a_core_is_still_one_and_less_than_nothing_is_nothing(groups):
+    files = {"cpu.max": "20000 100000", "memory.max": "1000", "memory.current": "5000"}
+    groups("0::/\n", files)
+    assert machine.usable_cores() == [1000]
+    assert machine.available_memory() == 0
+
+
+def test_files_that_make_no_sense_are_passed_over(groups):
+    groups("0::/\n", {"cpu.max": "", "memory.max": "lots", "memory.current": "5000", "memory.stat": "x\n"})
+    assert machine.cpu_quota() is None
+    assert machine.available_memory() == 64 * GB
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (7.8e9, "7.8 GB"), (2.5e12, "2.5 TB"), (999_600, "1 MB")],
+)
+def test_sizes_read_well(size_bytes, text):
+    assert machine.size(size_bytes) == text
+
+
+@pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "ppc64le")])
+def test_other_machines_get_a_clear_word(monkeypatch, system, processor):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(machine.platform, "machine", lambda: processor)
+    with pytest.raises(InputError, match=f"Linux with x86-64 or aarch64; this is {system} on {processor}"):
+        machine.check_platform()
