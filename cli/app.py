@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from cllm_spheres_cli.data import data
@@ -15,12 +16,30 @@ from cllm_spheres.errors import SpheresError
 
 app = typer.Typer(
     name="cllm-spheres",
-    help="Train a small GPT on your own text, on every core of a CPU server, and let it write.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cllm_spheres import __version__
+
+        print(f"cllm-spheres {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version, and leave.")
+    ] = False,
+) -> None:
+    """Train a small GPT on your own text, on every core of a CPU server, and let it write."""
+
+
 for command in (train, watch, generate, prepare, data):
     app.command()(command)
 

@@ -28,7 +28,9 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
-WITHIN_A_LEVEL = {("config", "errors"), ("machine", "errors"), ("text", "crystal"), ("__init__", "api"), ("__main__", "api")}
+WITHIN_A_LEVEL = {
+    ("config", "errors"), ("machine", "errors"), ("text", "crystal"), ("__init__", "api"), ("__main__", "api"),
+}  # fmt: skip
 HEAVY = ("numba", "llvmlite", "rich", "typer", "pydantic", "tokenizers", "scipy_openblas32", "psutil")
 
 
