@@ -1,0 +1,273 @@
+"""What the documents say is there: commands run, names and links exist, tables equal the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm_spheres.config import PRESETS, build, preset_values
+from cllm_spheres.events import EVENTS
+from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.model.geometry import geometry
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.spheres.memory import Regions, Sizes
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*.md")])
+COMMAND = Path(sys.executable).parent / "cllm-spheres"
+TIMEOUT_S = 120  # of one command; the slowest compiles the kernels
+SHORT = ["--steps", "4", "--eval-tokens", "256"]  # what a document's training is cut to
+by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path, language):
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(path), re.DOTALL | re.MULTILINE)
+
+
+def commands(path):
+    """The commands that a document shows, without their comments, as lists of words."""
+    lines = "".join(blocks(path, "console")).splitlines()
+    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+
+
+def codes(path):
+    """What stands between single backticks, without the fenced blocks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE))
+
+
+def rows(text):
+    """The cells of all table rows in a text, header and rule left out."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    tables = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [cells for cells, after in zip(tables, [*tables[1:], [""]], strict=True)
+            if not is_rule(cells) and not is_rule(after)]  # fmt: skip
+
+
+def is_rule(cells):
+    return bool(cells) and all(re.fullmatch(":?-+:?", cell) for cell in cells)
+
+
+def section(path, heading):
+    """The text of a document from a heading to the next one of any level."""
+    return re.split(r"^#+ ", text_of(path).split(heading + "\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def bare(cell):
+    return cell.strip("`")
+
+
+def number(cell):
+    return float(cell.removesuffix("MB").replace(",", ""))
+
+
+# ---- names
+
+
+@by_name
+def test_relative_links_exist(path):
+    links = re.findall(r"\]\(([^)#\s]+)", text_of(path))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+@by_name
+def test_the_files_that_are_named_exist(path):
+    files = {code for code in codes(path) if re.fullmatch(r"[\w./-]+\.(py|md)", code) and code != "__init__.py"}
+    missing = [name for name in files if not any((ROOT / top / name).exists() for top in ("", "cllm_spheres"))]
+    assert missing == []
+
+
+@by_name
+def test_the_functions_that_are_named_stand_in_the_file_that_is_named(path):
+    named = re.findall(r"`([\w.]+)`(?: in|, | \()\s*\(?`([\w/]+\.py)`", text_of(path))
+    named += [(b, a) for a, b in re.findall(r"`([\w/]+\.py)`: `(\w+)`", text_of(path))]
+    for name, file in named:
+        if not name.endswith("py"):
+            places = [ROOT / top / file for top in ("", "cllm_spheres") if (ROOT / top / file).exists()]
+            assert places, file
+            assert re.search(rf"\b{name.split('.')[-1]}\b", text_of(places[0])), f"{file} has no {name}"
+
+
+@by_name
+def test_the_names_of_the_code_are_real(path):
+    sources = [*(ROOT / "cllm_spheres").rglob("*.py"), *(ROOT / "cli").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(text_of(source) for source in sources if source != Path(__file__))))
+    named = {code for code in codes(path) if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?", code) and "_" in code}
+    named = {name for name in named if not re.match("X_|num_x", name)}  # patterns of names
+    assert sorted(name for name in named if not set(name.split(".")) <= words | {"md", "toml", "jsonl"}) == []
+
+
+@by_name
+def test_the_options_that_are_named_exist(path):
+    from cllm_spheres_cli.app import app
+    from typer.main import get_command
+
+    known = {"--help"}
+    for command in get_command(app).commands.values():
+        for parameter in command.params:
+            known |= {*parameter.opts, *parameter.secondary_opts}
+    used = [code for code in codes(path) if not code.startswith("#SBATCH")]
+    used += [" ".join(words) for words in commands(path) if words and words[0] == "cllm-spheres"]
+    assert {option for code in used for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)} <= known
+
+
+@by_name
+def test_the_make_targets_that_are_named_exist(path):
+    targets = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    for words in [code.split() for code in codes(path)] + commands(path):
+        if words and words[0] == "make":
+            assert [word for word in words[1:] if "=" not in word and word not in targets] == []
+
+
+def test_what_the_readme_installs_is_an_extra():
+    extras = re.findall(r"'\.\[(\w+)\]'", text_of(README))
+    project = text_of(ROOT / "pyproject.toml")
+    assert extras and all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+# ---- tables
+
+
+def shape_of(preset):
+    config = build(preset_values(preset))
+    width, ff_width = config.width, config.ff_width or 4 * config.width
+    return config, Shape(config.vocab_size, config.block_size, config.layers, config.heads, width, ff_width)
+
+
+def test_the_table_of_presets_is_that_of_the_configuration():
+    table = {cells[0]: cells[1:] for cells in rows(section(README, "## Presets"))}
+    assert list(table) == list(PRESETS)
+    for name, cells in table.items():
+        config, shape = shape_of(name)
+        length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
+        counts = [config.layers, config.heads, config.width, shape.ff_width, config.block_size, config.batch_size]
+        counts += [config.spheres, config.vocab_size]
+        assert cells == [*(f"{n:,}" for n in counts), length, f"{Layout(shape).num_parameters:,}"]
+
+
+def test_the_table_of_memory_is_that_of_the_code():
+    for name, shared, segments, arena in rows(section(ROOT / "docs/spheres.md", "## The cost of memory")):
+        config, shape = shape_of(name)
+        size = Layout(shape).size
+        sizes = Sizes(size, config.spheres, 2, 32, has_squares=True)
+        largest_shard = -(-config.batch_size // config.spheres)
+        floats = geometry(Layout(shape), largest_shard=largest_shard).arena_floats
+        expected = [Regions(sizes).total, 4 * size * config.spheres, 4 * floats]
+        actual = [1e6 * number(cell) for cell in (shared, segments, arena)]
+        assert actual == pytest.approx(expected, rel=5e-3)  # three digits are shown
+
+
+def test_the_table_of_regions_names_each_one():
+    table = rows(section(ROOT / "docs/spheres.md", "## Shared memory"))
+    named = re.findall(r"`(\w+)`", "".join(cells[0] for cells in table))
+    regions = vars(Regions(Sizes(BLOCK, 1, 1, 1, has_squares=True)))
+    assert set(named) == regions.keys() - {"sizes", "stride", "total"}
+
+
+def test_the_table_of_events_names_each_one_that_is_written():
+    sources = "".join(text_of(path) for path in (ROOT / "cllm_spheres/training").glob("*.py"))
+    assert {name for name in EVENTS if f'"{name}"' in sources} == documented_events().keys()
+
+
+def documented_events():
+    """Event -> the names of its own fields, from the table in operations.md."""
+    own = section(ROOT / "docs/operations.md", "## metrics.jsonl").split("Some have fields of their own")[1]
+    events = {bare(name): set(re.findall(r"`(\w+)`", fields)) for name, _, fields in rows(own)}
+    events["resume"] = events["resume"] - {"start"} | events["start"]
+    events["end"] -= {"done", "stop_at", "signal"}  # values of `reason`
+    return events
+
+
+def documented_fields(kind):
+    """The fields of a kind of record, from its table in operations.md."""
+    text = section(ROOT / "docs/operations.md", "## metrics.jsonl").split(f'`kind` is `"{kind}"`')[1]
+    return {bare(cells[0]) for cells in rows(re.split(r"`kind` is |Some have", text)[0]) if cells[0] != "field"}
+
+
+# ---- commands
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A cache of its own for prepared text; the compiled kernels are the user's."""
+    from cllm_spheres.crystal.jit import CACHE_FOLDER
+
+    cache = tmp_path_factory.mktemp("cache")
+    if CACHE_FOLDER.parent.name == "kernels":
+        (cache / "cllm-spheres").mkdir()
+        (cache / "cllm-spheres/kernels").symlink_to(CACHE_FOLDER.parent)
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": "120"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working folder with books/: some text of this project."""
+    (tmp_path / "books").mkdir()
+    for path in [*DOCUMENTS, *(ROOT / "cllm_spheres").rglob("*.py")]:
+        shutil.copy(path, tmp_path / "books" / path.relative_to(ROOT).as_posix().replace("/", "-"))
+    return tmp_path
+
+
+def run(words, cwd, environment, expected=0):
+    words = [str(COMMAND), *words[1:]] if words[0] == "cllm-spheres" else words
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == expected, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def shortened(words):
+    """A training that ends soon; the smallest preset stays as it is."""
+    if words[:2] != ["cllm-spheres", "train"] or "minimal" in words:
+        return words
+    if "--resume" in words:
+        return [*words, "--steps", "6"] if "--steps" in words else words
+    return [*words, *SHORT]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)], ids=lambda path: path.name)
+def test_the_commands_run(path, folder, environment):
+    for words in commands(path):
+        assert words[0] in ("cllm-spheres", "cmp", "make", "pip"), words
+        if words[0] in ("cllm-spheres", "cmp"):
+            run(shortened(words), folder, environment)
+
+
+@pytest.mark.slow
+def test_the_library_example_runs(folder, environment):
+    example = "\n".join(blocks(README, "python"))
+    short = example.replace("workers=2)", "workers=2, steps=4, eval_tokens=256)")
+    assert short != example
+    (folder / "example.py").write_text(short + "\nassert loss > 0 and logits.shape[0] == 3 and gradients\n")
+    assert "import " in run([sys.executable, "example.py"], folder, environment)
+
+
+@pytest.mark.slow
+def test_a_run_writes_the_fields_that_are_documented(folder, environment):
+    train = ["cllm-spheres", "train", "--preset", "minimal", "--run", "run", "--plain", "--eval-every", "500"]
+    # long enough that the spheres are sampled, about once a second
+    run([*train, "--batch-size", "64", "--steps", "4000", "--stop-at", "2000"], folder, environment)
+    run(["cllm-spheres", "train", "--resume", "--run", "run", "--steps", "2100"], folder, environment)
+    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    for kind in ("step", "eval", "spheres"):
+        found = {frozenset(record) for record in records if record["kind"] == kind}
+        assert found == {frozenset(documented_fields(kind))}, kind
+    seen, own = set(), documented_events()
+    for record in records:
+        if record["kind"] == "event":
+            seen.add(record["event"])
+            assert record.keys() == documented_fields("event") | own[record["event"]], record["event"]
+    assert seen >= {"start", "ready", "eta", "saved", "best", "resume", "replan", "end"}
