@@ -218,8 +218,11 @@ class NodeZero:
         passed, self._looked_at = min(now - self._looked_at, 1.0), now
         words = self.memory.worker_words()
         moved = (words != self._progress).any(axis=1)
-        idle = np.isin(words[:, M.W_STATE], (M.S_IDLE, M.S_WAITING))
-        self._silent_s = np.where(moved | idle, 0.0, self._silent_s + passed)
+        # Whoever has come to the current barrier waits for others; one that was stopped asleep there has not moved on.
+        waits = words[:, M.W_ARRIVED] > self._get(M.RELEASE)
+        if self._idle():
+            waits |= words[:, M.W_STATE] == M.S_IDLE
+        self._silent_s = np.where(moved | waits, 0.0, self._silent_s + passed)
         self._progress[:] = words
         if self._silent_s.max() > SILENCE_S:
             worker = int(self._silent_s.argmax())
@@ -256,8 +259,13 @@ class NodeZero:
 
     def _check_server(self) -> None:
         if self._server_gone and not self._closing:
-            code = self._server.poll()
-            raise RunFailed(f"The process that starts the workers (pid {self._server.pid}) ended, exit code {code}.")
+            code = self._server.wait(timeout=5)
+            how = (
+                f"ended by signal {-code} ({signal.Signals(-code).name})"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
+            raise RunFailed(f"The process that starts the workers (pid {self._server.pid}) {how}.")
 
     def _idle(self) -> bool:
         return self._command == 0 or self.finished()
