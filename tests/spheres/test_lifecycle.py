@@ -1,0 +1,250 @@
+"""Who dies with whom: after any death nothing of a run is left, and the run can be resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.errors import RunFailed, SphereLost
+from cllm_spheres.events import read
+from cllm_spheres.model.layout import Shape
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres import node_zero
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.node_zero import NodeZero
+from tests.runs import (
+    TINY,
+    WAIT_S,
+    Family,
+    begin,
+    finished,
+    resume,
+    shared_files,
+    start,
+    wait_for_step,
+    wait_until,
+    words,
+)
+
+# Thousands of steps a second, so that it goes on until something happens to it.
+ENDLESS = dict(steps=10_000_000, eval_every=10_000_000, save_every=500, eval_tokens=64)
+
+
+@pytest.fixture
+def going(corpus, tmp_path):
+    """going(workers=2, ...): a run that has saved once, and its processes."""
+    families = []
+
+    def begin_run(workers=2, **options):
+        before = shared_files()
+        launch = start(corpus, tmp_path / "run", **ENDLESS | {"workers": workers} | options)
+        families.append(Family.of(os.getpid(), workers))
+        wait_until(lambda: Store(tmp_path / "run").steps(), "the first checkpoint")
+        assert shared_files() == before  # nothing appears there while it runs either
+        return launch, families[-1]
+
+    yield begin_run
+    for family in families:
+        family.end()
+
+
+def last_event(run):
+    return [record for record in read(run / "metrics.jsonl") if record["kind"] == "event"][-1]
+
+
+def test_a_killed_worker_ends_the_run_with_its_name_and_a_resume_goes_on(going):
+    launch, family = going()
+    family.workers[1].send_signal(signal.SIGKILL)
+    outcome = finished(launch)
+    assert family.alive == []
+    assert outcome.code == 1
+    saved = Store(outcome.run).steps()
+    assert f"SphereLost: spheres 1, 3 of worker 1 (pid {family.workers[1].pid}) ended by signal 9 (SIGKILL)" in (
+        outcome.message
+    )
+    assert f"The last checkpoint is {outcome.run}/checkpoints/step-{saved[-1]:08d}" in outcome.message
+    assert "Traceback" not in outcome.message
+    failed = last_event(outcome.run)
+    assert (failed["event"], failed["error"]) == ("failed", "SphereLost")
+    resumed = resume(outcome.run, stop_at=saved[-1] + 2)
+    assert resumed.code == 0, resumed.message
+    assert resumed.event("resume")["from_step"] == saved[-1]
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGSEGV, "SIGSEGV"), (signal.SIGBUS, "SIGBUS")])
+def test_other_deaths_of_a_worker_are_named_too(going, number, name):
+    launch, family = going(workers=4)
+    family.workers[3].send_signal(number)
+    outcome = finished(launch)
+    assert outcome.code == 1 and family.alive == []
+    assert (
+        f"sphere 3 of worker 3 (pid {family.workers[3].pid}) ended by signal {int(number)} ({name})" in outcome.message
+    )
+
+
+def test_nothing_survives_node_zero(going):
+    launch, family = going(workers=4)
+    family.workers[2].suspend()
+    family.node_zero.send_signal(signal.SIGKILL)
+    outcome = finished(launch)
+    time.sleep(1)  # the promise is: one second later
+    assert family.alive == []
+    assert outcome.code == 1
+    assert (
+        f"Node Zero (pid {family.node_zero.pid}) was ended by signal 9. Go on from the last checkpoint"
+        in outcome.message
+    )
+    saved = Store(outcome.run).steps()[-1]
+    assert resume(outcome.run, stop_at=saved + 2).code == 0
+
+
+@pytest.mark.slow
+def test_63_workers_start_and_none_survives_node_zero(going):
+    launch, family = going(workers=63, spheres=63, batch_size=63, save_every=5)
+    for worker in (family.workers[7], family.workers[62]):
+        worker.suspend()
+    family.node_zero.send_signal(signal.SIGKILL)
+    finished(launch)
+    time.sleep(1)
+    assert family.alive == []
+
+
+def test_a_killed_server_is_a_clear_error_and_takes_its_workers_along(going):
+    launch, family = going()
+    family.server.send_signal(signal.SIGKILL)
+    outcome = finished(launch)
+    assert outcome.code == 1
+    assert (
+        f"RunFailed: The process that starts the workers (pid {family.server.pid}) ended by signal 9" in outcome.message
+    )
+    assert "The last checkpoint is" in outcome.message
+    wait_until(lambda: family.alive == [], "the workers' end")
+
+
+def test_a_run_whose_launcher_is_killed_saves_and_ends(corpus, tmp_path):
+    run = tmp_path / "run"
+    command = begin("train", corpus, "--run", run, "--plain", *words(TINY | ENDLESS))
+    family = Family.of(command.pid, 2)
+    try:
+        wait_for_step(run, 50)
+        command.kill()
+        command.communicate()
+        wait_until(lambda: family.alive == [], "the run's end")
+        end = last_event(run)
+        assert (end["event"], end["reason"]) == ("end", "signal")
+        steps = [record["step"] for record in read(run / "metrics.jsonl") if record["kind"] == "step"]
+        assert Store(run).steps()[-1] == steps[-1] == end["step"]
+    finally:
+        family.end()
+
+
+# --- Node Zero's own view, in this process ---
+
+
+@pytest.fixture
+def node(corpus):
+    """node(workers=...): Node Zero with its spheres started."""
+    made = []
+
+    def make(workers, **options):
+        job = Job(
+            shape=Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64), batch_size=4,
+            spheres=4, workers=workers, seed=1, train=str(corpus / "train.bin"), val=str(corpus / "val.bin"),
+            item_bytes=2, train_tokens=4000, val_tokens=400, num_windows=0, **options,
+        )  # fmt: skip
+        made.append(NodeZero(job))
+        made[-1].start()
+        made[-1].do(M.INITIALISE)
+        made[-1].set_position(0, 0)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()
+
+
+def give_steps(node):
+    node.memory.doubles(node.memory.regions.rates, M.RING)[:] = 1e-3
+    node.give(M.STEPS, 1, M.RING + 1)
+
+
+def watch(node):
+    deadline = time.monotonic() + WAIT_S
+    while not node.finished():
+        node.wait_for_bell()
+        node.check()
+        assert time.monotonic() < deadline
+
+
+def test_commands_are_done_and_close_leaves_nothing(node):
+    one = node(2)
+    give_steps(one)
+    watch(one)
+    assert one.done == one.applied == M.RING and one.halt == 0
+    words = one.memory.worker_words()
+    assert (words[:, M.W_COMPUTE_NS] > 0).all() and (words[:, M.W_UPDATE_NS] > 0).all()
+    pids = [*one.pids.values(), one.server_pid]
+    one.close()
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_stop_ends_after_a_whole_step(node):
+    one = node(3)
+    give_steps(one)
+    while one.done < 5:
+        one.wait_for_bell()
+    one.request_stop()
+    watch(one)
+    assert one.halt == M.HALT_STOP and 5 <= one.done < M.RING
+    assert one.memory.ring_words()[one.done - 1, M.R_STEP] == one.done
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_does_nothing_for_long_is_lost(node, monkeypatch, workers):
+    one = node(workers)
+    monkeypatch.setattr(node_zero, "SILENCE_S", 0.5)
+    # Stopped before it has begun: the others wait for it, and are not to blame.
+    os.kill(one.pids[workers - 1], signal.SIGSTOP)
+    give_steps(one)
+    with pytest.raises(SphereLost, match=rf"of worker {workers - 1} \(pid {one.pids[workers - 1]}\) did nothing"):
+        watch(one)
+
+
+@pytest.mark.parametrize("delay_us", [0, 100, 200, 300])
+def test_a_worker_stopped_anywhere_in_a_step_is_lost(node, monkeypatch, delay_us):
+    one = node(2)
+    monkeypatch.setattr(node_zero, "SILENCE_S", 0.5)
+    give_steps(one)
+    while one.done < 20:
+        one.wait_for_bell()
+    time.sleep(delay_us / 1e6)
+    os.kill(one.pids[0], signal.SIGSTOP)
+    with pytest.raises(SphereLost, match=r"of worker 0 "):
+        watch(one)
+
+
+def test_time_in_which_node_zero_did_not_run_does_not_count(node, monkeypatch):
+    one = node(2)
+    one.give(M.STEPS, 1, 1)  # a command without steps
+    watch(one)
+    now = time.monotonic()
+    monkeypatch.setattr(node_zero.time, "monotonic", lambda: now + 3600)
+    os.kill(one.pids[1], signal.SIGSTOP)
+    give_steps(one)
+    one.check()
+    os.kill(one.pids[1], signal.SIGCONT)
+    monkeypatch.undo()
+    one._looked_at = now
+    watch(one)
+
+
+def test_commands_after_the_servers_end_fail(node):
+    one = node(2)
+    os.kill(one.server_pid, signal.SIGKILL)
+    give_steps(one)
+    with pytest.raises(RunFailed, match=rf"\(pid {one.server_pid}\) ended by signal 9"):
+        watch(one)
