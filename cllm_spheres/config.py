@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cllm_spheres.errors import InputError, nearest
 
 MAX_SPHERES = 156  # 12 + 144 places around Node Zero
+DATA_KEYS = ("data", "data_fingerprint")  # of a run's own config.toml: where its text is, and what it was
 
 
 class Config(BaseModel):
@@ -127,7 +128,7 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
 
     Given None values are ignored. Raises InputError for unknown keys and values out of range.
     """
-    chosen = read_toml(file) if file else {}
+    chosen = {key: value for key, value in read_toml(file).items() if key not in DATA_KEYS} if file else {}
     chosen |= {key: value for key, value in given.items() if value is not None}
     for key in chosen:
         if key not in Config.model_fields:

@@ -17,12 +17,11 @@ from typing import Any
 
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.config import Config, build, flag, read_toml, to_toml
+from cllm_spheres.config import DATA_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory
 
-DATA_KEYS = ("data", "data_fingerprint")
 MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
 
 

@@ -21,7 +21,7 @@ class Metrics:
     def __init__(self, path: Path, *, total_tokens: int = 0) -> None:
         self.path = path
         self.total_tokens = total_tokens
-        self.last_loss = float("nan")
+        self.skipped = 0
         self._previous_end_ns = time.monotonic_ns()
         try:
             self._file = path.open("a+b", buffering=0)
@@ -67,7 +67,6 @@ class Metrics:
                 w[word] * per_worker for word in (M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM)
             )
             self.total_tokens += tokens
-            self.last_loss = d[M.R_LOSS]
             lines.append({
                 "kind": "step", "step": step, "loss": d[M.R_LOSS], "lr": d[M.R_LR], "grad_norm": d[M.R_NORM],
                 "clipped_norm": d[M.R_CLIPPED], "tokens": tokens, "total_tokens": self.total_tokens,
@@ -76,9 +75,10 @@ class Metrics:
                 "gather_s": gather, "update_s": update, "other_s": max(0.0, other),
             })  # fmt: skip
             if w[M.R_SKIPPED]:
+                self.skipped += 1
                 lines.append(event(
-                    "skip", f"Step {step} was skipped: its gradient was not finite (loss {d[M.R_LOSS]}).",
-                    step=step, time=w[M.R_REAL_NS] * 1e-9,
+                    "skip", f"Step {step} was skipped: its gradient was not finite (loss {d[M.R_LOSS]});"
+                    f" {self.skipped} skipped so far.", step=step, time=w[M.R_REAL_NS] * 1e-9, skipped=self.skipped,
                 ))  # fmt: skip
         self.write(*lines)
         return done

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres.config import merge
+from cllm_spheres.config import merge, read_toml
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.embedded import minimal_text
 from cllm_spheres.text.prepared import Prepared, prepare_cached
@@ -32,10 +32,15 @@ def new_run(
 ) -> Plan:
     """Check everything, prepare the text, make the run folder. InputError leaves nothing behind."""
     config, given = merge(options, file)
+    recorded = read_toml(file) if file and data is None else {}
+    if "data" in recorded:  # the config.toml of another run: the same again
+        data = Path(recorded["data"])
     check_shape(config)
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
     prepared = prepare_data(data, config.preset, config.tokenizer, config.vocab_size, given, progress)
+    if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
+        raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
     folder.create(run, resolved, prepared)
     return Plan(run, resolved, prepared, config.stop_at)

@@ -250,7 +250,7 @@ class Trainer:
         self.step = self.saved = checkpoint.step
         self.evaluated = state["evaluated"]
         self.best_loss, self.best_step, self.worse = state["best_loss"], state["best_step"], state["worse"]
-        self.metrics.total_tokens = state["total_tokens"]
+        self.metrics.total_tokens, self.metrics.skipped = state["total_tokens"], state["step"] - state["applied"]
         changed = differences(state["fingerprint"], fingerprint())
         if changed:
             self.metrics.event(
