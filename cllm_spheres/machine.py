@@ -110,12 +110,3 @@ def _statistic(path: Path, name: str) -> int:
     except (OSError, ValueError):
         pass
     return 0
-
-
-def size(size_bytes: float) -> str:
-    """Bytes for people: 7.8 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 999.5:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} TB"

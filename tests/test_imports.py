@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports from lower levels, and from its own folder.
 LEVELS = [
-    {"errors", "config", "events", "machine"},
+    {"errors", "config", "events", "machine", "units"},
     {"crystal", "text"},
     {"kernels"},
     {"model"},

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import RunFailed, SphereLost
-from cllm_spheres.machine import available_memory, size
+from cllm_spheres.machine import available_memory
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
@@ -28,6 +28,7 @@ from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.server import PACKET_BYTES
 from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.spheres.topology import hosted
+from cllm_spheres.units import size
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
 SILENCE_S = 120.0  # a worker that computes raises its progress at every layer; after this long it counts as hung

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from cllm_spheres.config import Config
+from cllm_spheres.config import MAX_SPHERES, Config
 from cllm_spheres.errors import InputError
-from cllm_spheres.machine import available_memory, check_platform, size, usable_cores
+from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.windows import evaluation_windows
+from cllm_spheres.units import size
 
 WORKER_BYTES = 12_000_000  # of a forked worker besides its arena, measured at 8 to 12 MB
 EVAL_BATCHES = 32  # at most
@@ -91,15 +92,10 @@ def _places(config: Config, given: set[str]) -> dict[str, int]:
     batch_size, spheres, workers = config.batch_size, config.spheres, config.workers
     assert batch_size is not None and spheres is not None, "every preset names both"
     has_spheres, has_batch = "spheres" in given, "batch_size" in given
-    if "workers" not in given and workers is None:
-        workers = min(cores, 156)
-        if has_spheres:
-            workers = min(workers, spheres)
-        if has_batch:
-            workers = min(workers, batch_size)
-    assert workers is not None
-    if has_spheres and workers > spheres and "workers" not in given:
-        workers = spheres
+    if workers is None:
+        workers = min(cores, MAX_SPHERES)
+    if "workers" not in given:
+        workers = min(workers, spheres if has_spheres else workers, batch_size if has_batch else workers)
     if has_spheres and workers > spheres:
         raise InputError(
             f"{workers} workers are more than --spheres {spheres}: each worker computes at least one sphere."

@@ -22,7 +22,7 @@ def learning_rate(step: int, config: Config) -> float:
         return config.lr
     begin = config.warmup
     if config.schedule == "wsd":
-        begin = max(begin, config.steps - round(config.steps * WSD_DECAY))
+        begin = max(begin, config.steps - max(1, round(config.steps * WSD_DECAY)))
         if step <= begin:
             return config.lr
     share = min(1.0, (step - begin) / max(1, config.steps - begin))

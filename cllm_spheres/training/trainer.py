@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
-from cllm_spheres.checkpoint.fingerprint import differences
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import Interrupted, NonFinite
@@ -27,11 +25,12 @@ from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.spheres.serving import Server
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.evaluation import Windows
+from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
-from cllm_spheres.training.numerics import fingerprint
 from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
+from cllm_spheres.units import duration
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
@@ -51,16 +50,18 @@ class Trainer:
         self.last = min(self.steps, stop_at or self.steps)
         self.layout = Layout(make_job(config, prepared).shape)
         self.store = Store(run)
-        self.step = 0
-        self.evaluated = self.saved = -1  # the last step that was evaluated, and saved
-        self.best_loss: float | None = None
-        self.best_step = 0
-        self.worse = 0  # evaluations since the best
+        self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(run / "metrics.jsonl")
         self.node_zero = NodeZero(make_job(config, prepared), status, self._leave_early, server)
+        self.keeper = Keeper(self.store, self.layout, config, prepared, self.node_zero, self.metrics)
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._wish_to_stop)
+
+    @property
+    def step(self) -> int:
+        """The last whole step."""
+        return self.progress.step
 
     # ---- the run
 
@@ -103,11 +104,12 @@ class Trainer:
         starts, lengths = self.windows.starts, self.windows.lengths
         memory.words(memory.regions.window_starts, len(starts))[:] = starts
         memory.words(memory.regions.window_lengths, len(lengths))[:] = lengths
+        applied = 0
         if checkpoint:
-            self._restore(checkpoint)
+            self.progress, applied = self.keeper.restore(checkpoint)
         else:
             self.node_zero.do(M.INITIALISE)
-        self.node_zero.set_position(self.step, self.step if checkpoint is None else checkpoint.state["applied"])
+        self.node_zero.set_position(self.step, applied)
         self._estimate()
         self.metrics.start_clock()
 
@@ -157,7 +159,7 @@ class Trainer:
             self._stop()
 
     def _watch(self, first: int) -> None:
-        self.step = self.metrics.steps(self.node_zero, first, self.step)
+        self.progress.step = self.metrics.steps(self.node_zero, first, self.step)
         if record := self.sampler.sample(self.step):
             self.metrics.write(record)
         self.node_zero.check()
@@ -168,10 +170,10 @@ class Trainer:
         """What is due at this step."""
         ends = self.step >= self.last
         better = False
-        if self.evaluated != self.step and (self.step % self.eval_every == 0 or ends):
+        if self.progress.evaluated != self.step and (self.step % self.eval_every == 0 or ends):
             better = self._evaluate()
         if self.step and (better or ends or self.step % self.save_every == 0):
-            self._save(better)
+            self.keeper.save(self.progress, better)
 
     def _evaluate(self) -> bool:
         """One evaluation; whether it is the best so far."""
@@ -190,73 +192,20 @@ class Trainer:
             "kind": "eval", "step": self.step, **asdict(result), "time": time.time(),
             "seconds": time.monotonic() - began,
         })  # fmt: skip
-        self.evaluated = self.step
-        if self.best_loss is None or result.val_loss < self.best_loss:
-            self.best_loss, self.best_step, self.worse = result.val_loss, self.step, 0
+        progress = self.progress
+        progress.evaluated = self.step
+        if progress.best_loss is None or result.val_loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = result.val_loss, self.step, 0
             return self.step > 0
-        self.worse += 1
-        if self.worse == TURNED_UP_EVALUATIONS:
+        progress.worse += 1
+        if progress.worse == TURNED_UP_EVALUATIONS:
             self.metrics.event(
-                "turned_up", f"Validation loss has turned up: {result.val_loss:.4f}, it was {self.best_loss:.4f} at"
-                f" step {self.best_step}. The model learns its text by heart now; checkpoints/best keeps the best.",
-                self.step, best_step=self.best_step, best_loss=self.best_loss,
+                "turned_up",
+                f"Validation loss has turned up: {result.val_loss:.4f}, it was {progress.best_loss:.4f} at step"
+                f" {progress.best_step}. The model learns its text by heart now; checkpoints/best keeps the best.",
+                self.step, best_step=progress.best_step, best_loss=progress.best_loss,
             )  # fmt: skip
         return False
-
-    def _save(self, best: bool = False) -> Path:
-        began = time.monotonic()
-        memory = self.node_zero.memory
-        optimizer = {f"moments.{name}": view for name, view in self.layout.views(memory.moments).items()}
-        if memory.sizes.has_squares:
-            optimizer |= {f"squares.{name}": view for name, view in self.layout.views(memory.squares).items()}
-        path = self.store.save(
-            self.step, self.layout.views(memory.params), optimizer, self._state(),
-            huggingface_config(self.config, self.prepared.eot), self.prepared.folder / "tokenizer.json",
-        )  # fmt: skip
-        self.saved = self.step
-        seconds = time.monotonic() - began
-        if best:
-            self.store.mark_best(self.step)
-        self.store.prune(self.config.keep)
-        self.metrics.event(
-            "best" if best else "saved",
-            f"Saved step {self.step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
-            self.step, path=str(path), seconds=seconds, val_loss=self.best_loss,
-        )  # fmt: skip
-        return path
-
-    def _state(self) -> dict[str, Any]:
-        job = self.node_zero.job
-        return {
-            "step": self.step, "applied": self.node_zero.applied, "sequences": self.step * job.batch_size,
-            "total_tokens": self.metrics.total_tokens, "seed": job.seed, "spheres": job.spheres,
-            "batch_size": job.batch_size, "evaluated": self.evaluated, "best_loss": self.best_loss,
-            "best_step": self.best_step, "worse": self.worse, "data": self.prepared.fingerprint,
-            "layout": asdict(job.shape), "fingerprint": fingerprint(),
-        }  # fmt: skip
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, moments and counters as they were; the padding is zero already."""
-        memory, state = self.node_zero.memory, checkpoint.state
-        buffers = {"moments": self.layout.views(memory.moments)}
-        if memory.sizes.has_squares:
-            buffers["squares"] = self.layout.views(memory.squares)
-        params = self.layout.views(memory.params)
-        for name, tensor in checkpoint.model_tensors():
-            params[name][...] = tensor
-        for name, tensor in checkpoint.optimizer_tensors():
-            kind, _, tensor_name = name.partition(".")
-            buffers[kind][tensor_name][...] = tensor
-        self.step = self.saved = checkpoint.step
-        self.evaluated = state["evaluated"]
-        self.best_loss, self.best_step, self.worse = state["best_loss"], state["best_step"], state["worse"]
-        self.metrics.total_tokens, self.metrics.skipped = state["total_tokens"], state["step"] - state["applied"]
-        changed = differences(state["fingerprint"], fingerprint())
-        if changed:
-            self.metrics.event(
-                "fingerprint", "The numerics are not the checkpoint's, so the bits may differ: " + "; ".join(changed),
-                self.step, differences=changed,
-            )  # fmt: skip
 
     # ---- stopping
 
@@ -273,8 +222,8 @@ class Trainer:
         """Save the last whole step and leave. The workers are idle, or ended here where they are evaluating."""
         if not self.node_zero.finished():
             self.node_zero.kill()
-        if self.step and self.saved != self.step:
-            self._save()
+        if self.step and self.progress.saved != self.step:
+            self.keeper.save(self.progress)
         number = self.wishes.number
         saved = f"Saved step {self.step}." if self.step else "No step was finished yet."
         raise Interrupted(f"Stopped by signal {number}. {saved}", number)
@@ -284,7 +233,7 @@ class Trainer:
         if not self.node_zero.close_gate():
             return  # an update is being applied, which is quick: it is whole before we look again
         self.node_zero.kill()
-        self.step = self.metrics.steps(self.node_zero, first, self.step)
+        self.progress.step = self.metrics.steps(self.node_zero, first, self.step)
         self._stop()
 
     def _explain_nonfinite(self) -> str:
@@ -306,25 +255,3 @@ class Trainer:
                         f" (its loss is {losses[sphere]:.6g})." + advice
                     )
         return f"Step {step}: the gradient's norm is not finite, though every segment is: it is too large." + advice
-
-
-def huggingface_config(config: Config, eot: int) -> dict[str, Any]:
-    """config.json of a checkpoint: a GPT-2 as other tools describe it."""
-    return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.width,
-        "n_layer": config.layers, "n_head": config.heads, "n_inner": config.ff_width,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-        "bias": config.bias, "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32",
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-    }  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 48 s, 3 min 20 s, 5 h 10 min."""
-    whole = max(1, round(seconds))
-    if whole < 100:
-        return f"{whole} s"
-    if whole < 6000:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

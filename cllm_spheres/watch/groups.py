@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cllm_spheres.spheres import topology
+from cllm_spheres.units import compact
 from cllm_spheres.watch.paint import (
     ACCENT,
     BAD,
@@ -25,7 +26,6 @@ from cllm_spheres.watch.paint import (
     WARM,
     Line,
     box,
-    compact,
     fit,
     heat,
     seg,

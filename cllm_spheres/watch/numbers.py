@@ -4,24 +4,8 @@ from __future__ import annotations
 
 from rich.style import Style
 
-from cllm_spheres.watch.paint import (
-    ACCENT,
-    DIM,
-    FAINT,
-    INK,
-    STRONG,
-    TITLE,
-    WARM,
-    Line,
-    box,
-    clean,
-    compact,
-    fixed,
-    rate,
-    seg,
-    size,
-    spread,
-)
+from cllm_spheres.units import compact, fixed, rate, size
+from cllm_spheres.watch.paint import ACCENT, DIM, FAINT, INK, STRONG, TITLE, WARM, Line, box, clean, seg, spread
 from cllm_spheres.watch.plot import Curve, plot, spark
 from cllm_spheres.watch.records import number
 from cllm_spheres.watch.series import Point, Series

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time as clock
 
+from cllm_spheres.units import compact, duration
 from cllm_spheres.watch.paint import (
     ACCENT,
     BAD,
@@ -21,8 +22,6 @@ from cllm_spheres.watch.paint import (
     Line,
     box,
     clean,
-    compact,
-    duration,
     length,
     seg,
     spread,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cllm_spheres.events import Record
-from cllm_spheres.watch.paint import clean, compact, duration, fixed, rate
+from cllm_spheres.units import compact, duration, fixed, rate
+from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.records import number, step_of
 from cllm_spheres.watch.view import RunView
 

@@ -13,7 +13,8 @@ from itertools import groupby
 from rich.segment import Segment
 from rich.style import Style
 
-from cllm_spheres.watch.paint import DIM, FRAME, HEIGHTS, Line, compact, seg
+from cllm_spheres.units import compact
+from cllm_spheres.watch.paint import DIM, FRAME, HEIGHTS, Line, seg
 from cllm_spheres.watch.series import Point
 
 # Bits of a braille character by (row, column) of its dot: Unicode chart U+2800.
