@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from cllm_spheres import machine
 from cllm_spheres.errors import InputError
-from cllm_spheres.spheres import machine
 
 GB = 10**9
 
@@ -105,14 +105,6 @@ def test_files_that_make_no_sense_are_passed_over(groups):
     groups("0::/\n", {"cpu.max": "", "memory.max": "lots", "memory.current": "5000", "memory.stat": "x\n"})
     assert machine.cpu_quota() is None
     assert machine.available_memory() == 64 * GB
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (7.8e9, "7.8 GB"), (2.5e12, "2.5 TB"), (999_600, "1 MB")],
-)
-def test_sizes_read_well(size_bytes, text):
-    assert machine.size(size_bytes) == text
 
 
 @pytest.mark.parametrize(("system", "processor"), [("darwin", "arm64"), ("linux", "ppc64le")])

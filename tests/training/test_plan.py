@@ -1,0 +1,138 @@
+"""Options and a machine -> workers, spheres, batch and all other numbers, or a refusal with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cllm_spheres.config import PRESETS, merge
+from cllm_spheres.errors import InputError
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training import plan
+
+
+@pytest.fixture
+def resolve(corpus, monkeypatch):
+    """resolve(cores=8, memory=..., **options): the configuration of a machine with that many cores."""
+
+    def make(cores=8, memory=10**15, **options):
+        monkeypatch.setattr(plan, "usable_cores", lambda: list(range(cores)))
+        monkeypatch.setattr(plan, "available_memory", lambda: memory)
+        config, given = merge(options)
+        return plan.resolve(config, given, Prepared.open(corpus))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "expected"),
+    [
+        # plain `train`: every core is busy, and up to 12 cores the bits do not depend on the machine
+        (1, {}, (1, 12, 12)),
+        (8, {}, (8, 12, 12)),
+        (12, {}, (12, 12, 12)),
+        (63, {}, (63, 63, 63)),
+        (500, {}, (156, 156, 156)),
+        (2, {"preset": "tiny"}, (2, 4, 4)),
+        (8, {"preset": "tiny"}, (8, 8, 8)),
+        (8, {"preset": "minimal"}, (2, 2, 2)),
+        (32, {"preset": "medium"}, (32, 32, 32)),
+        # workers given: where they exceed the spheres, both are raised
+        (2, {"workers": 63}, (63, 63, 63)),
+        (2, {"workers": 63, "preset": "minimal"}, (63, 63, 63)),
+        (2, {"workers": 63, "preset": "gpt2"}, (63, 63, 63)),
+        (64, {"workers": 3}, (3, 12, 12)),
+        (2, {"workers": 14, "preset": "medium"}, (14, 14, 16)),
+        # spheres given
+        (8, {"spheres": 4}, (4, 4, 12)),
+        (2, {"spheres": 63}, (2, 63, 63)),
+        (8, {"spheres": 1}, (1, 1, 12)),
+        (8, {"spheres": 1, "preset": "minimal"}, (1, 1, 2)),
+        # a batch given: fewer spheres where it is small
+        (8, {"batch_size": 4}, (4, 4, 4)),
+        (8, {"batch_size": 100}, (8, 12, 100)),
+        (63, {"batch_size": 20}, (20, 20, 20)),
+        (8, {"batch_size": 1}, (1, 1, 1)),
+        (8, {"batch_size": 1, "preset": "minimal"}, (1, 1, 1)),
+        # all of them
+        (2, {"workers": 5, "spheres": 63, "batch_size": 130}, (5, 63, 130)),
+        (2, {"workers": 156, "spheres": 156, "batch_size": 156}, (156, 156, 156)),
+    ],
+)  # fmt: skip
+def test_workers_spheres_and_batch(resolve, cores, options, expected):
+    config = resolve(cores, **options)
+    assert (config.workers, config.spheres, config.batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(workers=5, spheres=4), "5 workers are more than --spheres 4.*--spheres 5 or --workers 4"),
+        (dict(spheres=13, batch_size=12), "13 spheres are more than --batch-size 12.*--batch-size 13"),
+        (dict(workers=3, batch_size=2), "3 spheres are more than --batch-size 2"),
+        (dict(workers=63, batch_size=12), "63 spheres are more than --batch-size 12"),
+        (dict(workers=0), "--workers 0"),
+        (dict(workers=157), "--workers 157.*156"),
+        (dict(spheres=0), "--spheres 0"),
+        (dict(spheres=157), "--spheres 157.*156"),
+        (dict(heads=5), r"--heads 5 does not divide --width 128: 128 = 5 \* 25 \+ 3. Try --heads 4"),
+        (dict(block_size=20_000), r"shorter than one block: --block-size 20000 needs 20,001"),
+        (dict(steps=10, warmup=11), "--warmup 11 is longer than the run, --steps 10"),
+        (dict(lr=1e-3, min_lr=2e-3), "--min-lr 0.002 is above --lr 0.001"),
+        (dict(steps=10, epochs=1.0), r"Both steps \(10\) and epochs \(1.0\)"),
+        (dict(optimizer="adam"), "--optimizer cannot be 'adam': did you mean 'adamw'"),
+        (dict(beta2=1.0), "--beta2 1.0"),
+        (dict(dropout=-0.1), "--dropout -0.1"),
+        (dict(preset="smal"), "no preset 'smal': did you mean 'small'"),
+        (dict(worker=3), "no option 'worker': did you mean 'workers'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_numbers(resolve, options, message):
+    with pytest.raises(InputError, match=message):
+        resolve(**options)
+
+
+def test_too_little_memory_says_what_is_needed_what_is_there_and_what_would_fit(resolve):
+    options = dict(preset="large", spheres=63, workers=2)
+    with pytest.raises(InputError) as refused:
+        resolve(memory=2 * 10**9, **options)
+    message = str(refused.value)
+    assert "parameters with 63 spheres and 2 workers need 3." in message and "2 GB are available" in message
+    fitting = int(message.split(" spheres would fit")[0].split()[-1])
+    assert f"try --spheres {fitting} --workers 2" in message
+    # what it says is true: so many fit, one more does not
+    assert resolve(memory=2 * 10**9, **options | {"spheres": fitting}).spheres == fitting
+    with pytest.raises(InputError):
+        resolve(memory=2 * 10**9, **options | {"spheres": fitting + 1})
+
+
+def test_where_no_number_of_spheres_fits_a_smaller_model_is_advised(resolve):
+    with pytest.raises(InputError, match="No number of spheres would fit: try a smaller --preset"):
+        resolve(memory=10**8, preset="large")
+
+
+def test_every_preset_resolves_and_leaves_nothing_open(resolve):
+    for preset in PRESETS:
+        config = resolve(2, preset=preset)
+        left = {name for name, value in config.model_dump().items() if value is None}
+        assert left <= {"epochs", "stop_at"}
+        assert config.vocab_size == 257 and config.min_lr == config.lr / 10
+        assert config.warmup == min(100, config.steps // 10)
+
+
+def test_epochs_are_counted_in_windows_of_the_training_text(resolve, corpus):
+    windows = len(Prepared.open(corpus).train) // 64
+    assert resolve(epochs=2, batch_size=10).steps == -(-2 * windows // 10)
+    assert resolve(epochs=1e-9).steps == 1
+
+
+def test_defaults_follow_the_length_of_the_run(resolve):
+    short, long = resolve(steps=16), resolve(steps=100_000)
+    assert (short.eval_every, short.save_every, short.warmup) == (2, 2, 1)
+    assert (long.eval_every, long.save_every, long.warmup) == (250, 250, 100)
+
+
+@pytest.mark.parametrize("cores", [1, 3, 4, 8])
+def test_workers_are_pinned_where_they_do_not_outnumber_the_cores(resolve, corpus, cores):
+    config = resolve(cores, workers=4, spheres=4, preset="tiny")
+    job = plan.make_job(config, Prepared.open(corpus))
+    assert job.cores == ([0, 1, 2, 3] if cores >= 4 else [])
