@@ -45,36 +45,74 @@ _i8, _d8 = types.int64, types.float64
 
 
 @kernel
-def _tensor(g, base, layer, which, rows, columns):
-    """A layer's matrix in a buffer of parameters or gradients."""
-    return matrix(base + 4 * g[G.LAYER_OFFSETS + layer * _PER_LAYER + which], rows, columns)
-
-
-@kernel
-def _vector(g, base, layer, which, size):
-    """A layer's vector; of length 0 where the model has none (no biases)."""
-    offset = g[G.LAYER_OFFSETS + layer * _PER_LAYER + which]
+def _vector(base, offset, size):
+    """A vector in a buffer of parameters or gradients; of length 0 where the model has none (no biases)."""
     return floats(base + 4 * max(offset, 0), size if offset >= 0 else 0)
 
 
 @kernel
-def _final_vector(g, base, which, size):
-    return floats(base + 4 * max(g[which], 0), size if g[which] >= 0 else 0)
+def _layer(g, base, layer):
+    """A layer's tensors in a buffer of parameters or gradients, in the order in which the forward uses them."""
+    c, f, at = g[G.WIDTH], g[G.FF_WIDTH], G.LAYER_OFFSETS + layer * _PER_LAYER
+    return (
+        _vector(base, g[at + G_LN1], c), _vector(base, g[at + B_LN1], c),
+        matrix(base + 4 * g[at + W_QKV], c, 3 * c), _vector(base, g[at + B_QKV], 3 * c),
+        matrix(base + 4 * g[at + W_ATT], c, c), _vector(base, g[at + B_ATT], c),
+        _vector(base, g[at + G_LN2], c), _vector(base, g[at + B_LN2], c),
+        matrix(base + 4 * g[at + W_UP], c, f), _vector(base, g[at + B_UP], f),
+        matrix(base + 4 * g[at + W_DOWN], f, c), _vector(base, g[at + B_DOWN], c),
+    )  # fmt: skip
 
 
 @kernel
-def _keep_scale(g):
-    return f4(1.0 / (1.0 - g[G.THRESHOLD] / 4294967296.0))
+def _ends(g, base):
+    """The tensors around the layers: token and position embeddings, gain and bias of the final norm."""
+    c = g[G.WIDTH]
+    return (
+        matrix(base + 4 * g[G.WTE], g[G.VOCAB], c), matrix(base + 4 * g[G.WPE], g[G.BLOCK_SIZE], c),
+        _vector(base, g[G.LNF_GAIN], c), _vector(base, g[G.LNF_BIAS], c),
+    )  # fmt: skip
 
 
 @kernel
-def _add_projection(x, w, b, residual, out, g, length, key, first_sequence):
+def _activations(g, arena, layer, n):
+    """A layer's part of the arena, for n rows: what the forward leaves and the backward reads."""
+    c, f, at = g[G.WIDTH], g[G.FF_WIDTH], arena + 4 * layer * g[G.LAYER_FLOATS]
+    stats = floats(at + 4 * g[G.STATS], 4 * n)
+    return (
+        matrix(at + 4 * g[G.X], n, c), matrix(at + 4 * g[G.LN1], n, c), matrix(at + 4 * g[G.QKV], n, 3 * c),
+        floats(at + 4 * g[G.LSE], n * g[G.HEADS]), matrix(at + 4 * g[G.ATT], n, c), matrix(at + 4 * g[G.MID], n, c),
+        matrix(at + 4 * g[G.LN2], n, c), matrix(at + 4 * g[G.UP], n, f), matrix(at + 4 * g[G.ACT], n, f),
+        stats[:n], stats[n : 2 * n], stats[2 * n : 3 * n], stats[3 * n :],
+    )  # fmt: skip
+
+
+@kernel
+def _shared(g, arena, which, n, columns):
+    """A matrix of n rows in the part of the arena that all layers share."""
+    return matrix(arena + 4 * g[which], n, columns)
+
+
+@kernel
+def _logits(g, arena):
+    """Room for the logits of a few rows."""
+    return matrix(arena + 4 * g[G.LOGITS], g[G.HEAD_ROWS], g[G.VOCAB])
+
+
+@kernel
+def _dropout_of(g, key):
+    """Threshold and scale of dropout; threshold 0, no dropout, where there is no key."""
+    return g[G.THRESHOLD] if key != 0 else 0, f4(1.0 / (1.0 - g[G.THRESHOLD] / 4294967296.0))
+
+
+@kernel
+def _add_projection(x, w, b, residual, out, length, key, first_sequence, threshold, keep_scale):
     """out = residual + dropout(x @ w + b)."""
-    if g[G.THRESHOLD] == 0 or key == 0:
+    if threshold == 0:
         linear_residual_forward(x, w, b, residual, out)
         return
     linear_forward(x, w, b, out)
-    dropout_sequences(out, length, key, first_sequence, g[G.THRESHOLD], _keep_scale(g))
+    dropout_sequences(out, length, key, first_sequence, threshold, keep_scale)
     for n in range(out.shape[0]):
         row, old = out[n], residual[n]
         for j in range(row.size):
@@ -82,9 +120,13 @@ def _add_projection(x, w, b, residual, out, g, length, key, first_sequence):
 
 
 @kernel
-def _site_key(key, site):
-    """The dropout key of one place in the model; 0 stays 0: no dropout."""
-    return combine(key, site) if key != 0 else key
+def _through_dropout(dx, dt, length, key, first_sequence, threshold, keep_scale):
+    """The gradient that enters a projection: that of the residual, or with dropout its masked copy in dt."""
+    if threshold == 0:
+        return dx
+    dt[:] = dx
+    dropout_sequences(dt, length, key, first_sequence, threshold, keep_scale)
+    return dt
 
 
 @kernel
@@ -93,79 +135,38 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
 
     params, arena: addresses. key: uint64 dropout key of the step, 0 for none.
     """
-    n, c, f, heads = ids_N.size, g[G.WIDTH], g[G.FF_WIDTH], g[G.HEADS]
-    threshold = g[G.THRESHOLD] if key != 0 else 0
+    n, c, heads = ids_N.size, g[G.WIDTH], g[G.HEADS]
+    threshold, keep_scale = _dropout_of(g, key)
+    wte, wpe, gain, bias = _ends(g, params)
     scratch = floats(arena + 4 * g[G.SCRATCH], 1)
-    num_layers = g[G.LAYERS]
-    first_x = arena + 4 * (g[G.X] if num_layers > 0 else g[G.X_LAST])
-    x = matrix(first_x, n, c)
-    wte = matrix(params + 4 * g[G.WTE], g[G.VOCAB], c)
-    embedding_forward(ids_N, wte, matrix(params + 4 * g[G.WPE], g[G.BLOCK_SIZE], c), length, x)
+    x_last, lnf = _shared(g, arena, G.X_LAST, n, c), _shared(g, arena, G.LNF, n, c)
+    first = _activations(g, arena, 0, n)[0]
+    embedding_forward(ids_N, wte, wpe, length, first)
     if threshold > 0:
-        dropout_sequences(x, length, _site_key(key, 0), first_sequence, threshold, _keep_scale(g))
-    for layer in range(num_layers):
-        at = arena + 4 * layer * g[G.LAYER_FLOATS]
-        after = at + 4 * (g[G.LAYER_FLOATS] + g[G.X]) if layer + 1 < num_layers else arena + 4 * g[G.X_LAST]
-        x, ln1, att = (
-            matrix(at + 4 * g[G.X], n, c),
-            matrix(at + 4 * g[G.LN1], n, c),
-            matrix(at + 4 * g[G.ATT], n, c),
+        dropout_sequences(first, length, combine(key, 0), first_sequence, threshold, keep_scale)
+    for layer in range(g[G.LAYERS]):
+        x, ln1, qkv, lse, att, mid, ln2, up, act, mean1, rstd1, mean2, rstd2 = _activations(g, arena, layer, n)
+        gain1, bias1, w_qkv, b_qkv, w_att, b_att, gain2, bias2, w_up, b_up, w_down, b_down = _layer(g, params, layer)
+        following = _activations(g, arena, layer + 1, n)[0] if layer + 1 < g[G.LAYERS] else x_last
+        key_att, key_mid, key_out = (
+            combine(key, 3 * layer + 1),
+            combine(key, 3 * layer + 2),
+            combine(key, 3 * layer + 3),
         )
-        mid, ln2, x_next = (
-            matrix(at + 4 * g[G.MID], n, c),
-            matrix(at + 4 * g[G.LN2], n, c),
-            matrix(after, n, c),
-        )
-        qkv, up = matrix(at + 4 * g[G.QKV], n, 3 * c), matrix(at + 4 * g[G.UP], n, f)
-        act, lse = matrix(at + 4 * g[G.ACT], n, f), floats(at + 4 * g[G.LSE], heads * n)
-        stats = floats(at + 4 * g[G.STATS], 4 * n)
 
-        layernorm_forward(
-            x,
-            _vector(g, params, layer, G_LN1, c),
-            _vector(g, params, layer, B_LN1, c),
-            ln1,
-            stats[:n],
-            stats[n : 2 * n],
-        )
-        linear_forward(ln1, _tensor(g, params, layer, W_QKV, c, 3 * c), _vector(g, params, layer, B_QKV, 3 * c), qkv)
+        layernorm_forward(x, gain1, bias1, ln1, mean1, rstd1)
+        linear_forward(ln1, w_qkv, b_qkv, qkv)
         attention_forward(
-            qkv,
-            length,
-            heads,
-            _site_key(key, 3 * layer + 1),
-            first_sequence,
-            threshold,
-            _keep_scale(g),
-            scratch,
-            att,
-            lse,
-        )
-        _add_projection(
-            att, _tensor(g, params, layer, W_ATT, c, c), _vector(g, params, layer, B_ATT, c), x, mid,
-            g, length, _site_key(key, 3 * layer + 2), first_sequence,
+            qkv, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, att, lse
         )  # fmt: skip
-        layernorm_forward(
-            mid, _vector(g, params, layer, G_LN2, c), _vector(g, params, layer, B_LN2, c), ln2,
-            stats[2 * n : 3 * n], stats[3 * n : 4 * n],
-        )  # fmt: skip
-        linear_forward(ln2, _tensor(g, params, layer, W_UP, c, f), _vector(g, params, layer, B_UP, f), up)
-        gelu_forward(up.reshape(n * f), act.reshape(n * f))
-        _add_projection(
-            act, _tensor(g, params, layer, W_DOWN, f, c), _vector(g, params, layer, B_DOWN, c), mid, x_next,
-            g, length, _site_key(key, 3 * layer + 3), first_sequence,
-        )  # fmt: skip
+        _add_projection(att, w_att, b_att, x, mid, length, key_mid, first_sequence, threshold, keep_scale)
+        layernorm_forward(mid, gain2, bias2, ln2, mean2, rstd2)
+        linear_forward(ln2, w_up, b_up, up)
+        gelu_forward(up.reshape(up.size), act.reshape(act.size))
+        _add_projection(act, w_down, b_down, mid, following, length, key_out, first_sequence, threshold, keep_scale)
         progress[0] += 1
-    x_last, lnf = matrix(arena + 4 * g[G.X_LAST], n, c), matrix(arena + 4 * g[G.LNF], n, c)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
-    layernorm_forward(
-        x_last,
-        _final_vector(g, params, G.LNF_GAIN, c),
-        _final_vector(g, params, G.LNF_BIAS, c),
-        lnf,
-        stats[:n],
-        stats[n:],
-    )
+    layernorm_forward(x_last, gain, bias, lnf, stats[:n], stats[n:])
     return lnf
 
 
@@ -176,89 +177,51 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     The head has written its share of dwte before. `accumulate` false: this call overwrites the segment.
     """
     n, c, f, heads = ids_N.size, g[G.WIDTH], g[G.FF_WIDTH], g[G.HEADS]
-    threshold = g[G.THRESHOLD] if key != 0 else 0
-    keep_scale = _keep_scale(g)
+    threshold, keep_scale = _dropout_of(g, key)
+    gain = _ends(g, params)[2]
+    dwte, dwpe, dgain, dbias = _ends(g, segment)
     scratch = floats(arena + 4 * g[G.SCRATCH], 1)
-    dx, dt, datt = (
-        matrix(arena + 4 * g[G.DX], n, c),
-        matrix(arena + 4 * g[G.DT], n, c),
-        matrix(arena + 4 * g[G.DATT], n, c),
-    )
-    dqkv, dact = matrix(arena + 4 * g[G.DQKV], n, 3 * c), matrix(arena + 4 * g[G.DACT], n, f)
+    dx, dt, datt = _shared(g, arena, G.DX, n, c), _shared(g, arena, G.DT, n, c), _shared(g, arena, G.DATT, n, c)
+    dqkv, dact = _shared(g, arena, G.DQKV, n, 3 * c), _shared(g, arena, G.DACT, n, f)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
+    x_last = _shared(g, arena, G.X_LAST, n, c)
     dx[:] = f4(0)
-    layernorm_backward(
-        dt, matrix(arena + 4 * g[G.X_LAST], n, c), _final_vector(g, params, G.LNF_GAIN, c), stats[:n], stats[n:], dx,
-        _final_vector(g, segment, G.LNF_GAIN, c), _final_vector(g, segment, G.LNF_BIAS, c), accumulate,
-    )  # fmt: skip
+    layernorm_backward(dt, x_last, gain, stats[:n], stats[n:], dx, dgain, dbias, accumulate)
     for layer in range(g[G.LAYERS] - 1, -1, -1):
-        at = arena + 4 * layer * g[G.LAYER_FLOATS]
-        x, ln1, att = (
-            matrix(at + 4 * g[G.X], n, c),
-            matrix(at + 4 * g[G.LN1], n, c),
-            matrix(at + 4 * g[G.ATT], n, c),
+        x, ln1, qkv, lse, att, mid, ln2, up, act, mean1, rstd1, mean2, rstd2 = _activations(g, arena, layer, n)
+        gain1, _1, w_qkv, _2, w_att, _3, gain2, _4, w_up, _5, w_down, _6 = _layer(g, params, layer)
+        (dgain1, dbias1, dw_qkv, db_qkv, dw_att, db_att, dgain2, dbias2, dw_up, db_up, dw_down, db_down) = _layer(
+            g, segment, layer
         )
-        mid, ln2 = matrix(at + 4 * g[G.MID], n, c), matrix(at + 4 * g[G.LN2], n, c)
-        qkv, up = matrix(at + 4 * g[G.QKV], n, 3 * c), matrix(at + 4 * g[G.UP], n, f)
-        act, lse = matrix(at + 4 * g[G.ACT], n, f), floats(at + 4 * g[G.LSE], heads * n)
-        stats = floats(at + 4 * g[G.STATS], 4 * n)
+        key_att, key_mid, key_out = (
+            combine(key, 3 * layer + 1),
+            combine(key, 3 * layer + 2),
+            combine(key, 3 * layer + 3),
+        )
 
-        dy = dx  # the gradient that enters the projections: of the residual, or with the dropout's mask a copy
-        if threshold > 0:
-            dt[:] = dx
-            dropout_sequences(dt, length, _site_key(key, 3 * layer + 3), first_sequence, threshold, keep_scale)
-            dy = dt
-        linear_backward(
-            dy, act, _tensor(g, params, layer, W_DOWN, f, c), dact,
-            _tensor(g, segment, layer, W_DOWN, f, c), _vector(g, segment, layer, B_DOWN, c), accumulate,
-        )  # fmt: skip
-        gelu_backward(up.reshape(n * f), dact.reshape(n * f))
-        linear_backward(
-            dact, ln2, _tensor(g, params, layer, W_UP, c, f), dt,
-            _tensor(g, segment, layer, W_UP, c, f), _vector(g, segment, layer, B_UP, f), accumulate,
-        )  # fmt: skip
-        layernorm_backward(
-            dt, mid, _vector(g, params, layer, G_LN2, c), stats[2 * n : 3 * n], stats[3 * n : 4 * n], dx,
-            _vector(g, segment, layer, G_LN2, c), _vector(g, segment, layer, B_LN2, c), accumulate,
-        )  # fmt: skip
-        dy = dx
-        if threshold > 0:
-            dt[:] = dx
-            dropout_sequences(dt, length, _site_key(key, 3 * layer + 2), first_sequence, threshold, keep_scale)
-            dy = dt
-        linear_backward(
-            dy, att, _tensor(g, params, layer, W_ATT, c, c), datt,
-            _tensor(g, segment, layer, W_ATT, c, c), _vector(g, segment, layer, B_ATT, c), accumulate,
-        )  # fmt: skip
+        dy = _through_dropout(dx, dt, length, key_out, first_sequence, threshold, keep_scale)
+        linear_backward(dy, act, w_down, dact, dw_down, db_down, accumulate)
+        gelu_backward(up.reshape(up.size), dact.reshape(dact.size))
+        linear_backward(dact, ln2, w_up, dt, dw_up, db_up, accumulate)
+        layernorm_backward(dt, mid, gain2, mean2, rstd2, dx, dgain2, dbias2, accumulate)
+        dy = _through_dropout(dx, dt, length, key_mid, first_sequence, threshold, keep_scale)
+        linear_backward(dy, att, w_att, datt, dw_att, db_att, accumulate)
         attention_backward(
-            datt, qkv, att, lse, length, heads, _site_key(key, 3 * layer + 1), first_sequence, threshold, keep_scale,
-            scratch, dqkv,
-        )  # fmt: skip
-        linear_backward(
-            dqkv, ln1, _tensor(g, params, layer, W_QKV, c, 3 * c), dt,
-            _tensor(g, segment, layer, W_QKV, c, 3 * c), _vector(g, segment, layer, B_QKV, 3 * c), accumulate,
-        )  # fmt: skip
-        layernorm_backward(
-            dt, x, _vector(g, params, layer, G_LN1, c), stats[:n], stats[n : 2 * n], dx,
-            _vector(g, segment, layer, G_LN1, c), _vector(g, segment, layer, B_LN1, c), accumulate,
-        )  # fmt: skip
+            datt, qkv, att, lse, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, dqkv
+        )
+        linear_backward(dqkv, ln1, w_qkv, dt, dw_qkv, db_qkv, accumulate)
+        layernorm_backward(dt, x, gain1, mean1, rstd1, dx, dgain1, dbias1, accumulate)
         progress[0] += 1
     if threshold > 0:
-        dropout_sequences(dx, length, _site_key(key, 0), first_sequence, threshold, keep_scale)
-    embedding_backward(
-        dx, ids_N, length, _wte(g, segment), matrix(segment + 4 * g[G.WPE], g[G.BLOCK_SIZE], c),
-        accumulate,
-    )  # fmt: skip
+        dropout_sequences(dx, length, combine(key, 0), first_sequence, threshold, keep_scale)
+    embedding_backward(dx, ids_N, length, dwte, dwpe, accumulate)
 
 
 @kernel
-def _wte(g, base):
-    return matrix(base + 4 * g[G.WTE], g[G.VOCAB], g[G.WIDTH])
-
-
-@kernel
-def _logits_rows(g, arena):
-    return matrix(arena + 4 * g[G.LOGITS], g[G.HEAD_ROWS], g[G.VOCAB])
+def _geometry(address):
+    """The geometry's array; its length depends on the number of layers, which stands in it."""
+    layers = integers(address, G.LAYERS + 1)[G.LAYERS]
+    return integers(address, G.LAYER_OFFSETS + layers * _PER_LAYER)
 
 
 @entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
@@ -273,31 +236,23 @@ def compute_shard(
     first sequence in the whole batch.
     """
     state = flush_subnormals()
-    g = integers(geometry, G.LAYER_OFFSETS + integers(geometry, G.LAYERS + 1)[G.LAYERS] * _PER_LAYER)
-    step_progress = integers(progress, 1)
+    g = _geometry(geometry)
+    wte, dwte = _ends(g, params)[0], _ends(g, segment)[0]
+    layers_done, dropout_key = integers(progress, 1), types.uint64(key)
     loss = 0.0
     at_a_time = g[G.SEQUENCES]
     for first in range(0, count, at_a_time):
         rows = min(at_a_time, count - first) * length
         accumulate = first > 0
         ids = tokens(inputs + 4 * first * length, rows)
-        x = forward(g, params, arena, ids, length, types.uint64(key), first_sequence + first, step_progress)
+        x = forward(g, params, arena, ids, length, dropout_key, first_sequence + first, layers_done)
         loss += head_loss_backward(
-            x, _wte(g, params), tokens(targets + 4 * first * length, rows), f4(scale), _logits_rows(g, arena),
-            matrix(arena + 4 * g[G.DT], rows, g[G.WIDTH]), _wte(g, segment), accumulate,
+            x, wte, tokens(targets + 4 * first * length, rows), f4(scale), _logits(g, arena),
+            _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate,
         )  # fmt: skip
         backward(
-            g,
-            params,
-            segment,
-            arena,
-            ids,
-            length,
-            types.uint64(key),
-            first_sequence + first,
-            accumulate,
-            step_progress,
-        )
+            g, params, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
+        )  # fmt: skip
     restore(state)
     return loss
 
@@ -306,9 +261,9 @@ def compute_shard(
 def evaluate_window(geometry, params, arena, inputs, targets, length, progress):
     """The summed loss of one window of `length` tokens, without dropout. Addresses as in compute_shard."""
     state = flush_subnormals()
-    g = integers(geometry, G.LAYER_OFFSETS + integers(geometry, G.LAYERS + 1)[G.LAYERS] * _PER_LAYER)
+    g = _geometry(geometry)
     x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
-    loss = head_loss(x, _wte(g, params), tokens(targets, length), _logits_rows(g, arena))
+    loss = head_loss(x, _ends(g, params)[0], tokens(targets, length), _logits(g, arena))
     restore(state)
     return loss
 
@@ -317,10 +272,9 @@ def evaluate_window(geometry, params, arena, inputs, targets, length, progress):
 def compute_logits(geometry, params, arena, inputs, length, first_row, logits, progress):
     """Logits of rows first_row..length of one sequence into float32[length - first_row, V]; returns the rows."""
     state = flush_subnormals()
-    g = integers(geometry, G.LAYER_OFFSETS + integers(geometry, G.LAYERS + 1)[G.LAYERS] * _PER_LAYER)
+    g = _geometry(geometry)
     x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
     rows, c, v = length - first_row, g[G.WIDTH], g[G.VOCAB]
-    wte = params + 4 * g[G.WTE]
-    gemm(False, True, rows, v, c, x[first_row:].ctypes.data, c, wte, c, f4(0), logits, v)
+    gemm(False, True, rows, v, c, x[first_row:].ctypes.data, c, params + 4 * g[G.WTE], c, f4(0), logits, v)
     restore(state)
     return rows
