@@ -61,18 +61,21 @@ class Metrics:
         for step in range(after + 1, done + 1):
             w, d = words[step - first].tolist(), doubles[step - first].tolist()
             seconds = (w[M.R_END_NS] - self._previous_end_ns) * 1e-9
-            other = (w[M.R_START_NS] - self._previous_end_ns) * 1e-9
+            before = (w[M.R_START_NS] - self._previous_end_ns) * 1e-9
             self._previous_end_ns = w[M.R_END_NS]
             compute, gather, update = (
                 w[word] * per_worker for word in (M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM)
             )
+            # Means over the workers; the rest is waiting. Some may begin before the step's start, which worker 0 sets.
+            rest = max(0.0, seconds - (compute + gather + update))
+            other = min(max(0.0, before), rest)
             self.total_tokens += tokens
             lines.append({
                 "kind": "step", "step": step, "loss": d[M.R_LOSS], "lr": d[M.R_LR], "grad_norm": d[M.R_NORM],
                 "clipped_norm": d[M.R_CLIPPED], "tokens": tokens, "total_tokens": self.total_tokens,
                 "time": w[M.R_REAL_NS] * 1e-9, "seconds": seconds, "tokens_per_s": tokens / seconds,
-                "compute_s": compute, "waiting_s": max(0.0, seconds - other - compute - gather - update),
-                "gather_s": gather, "update_s": update, "other_s": max(0.0, other),
+                "compute_s": compute, "waiting_s": rest - other, "gather_s": gather, "update_s": update,
+                "other_s": other,
             })  # fmt: skip
             if w[M.R_SKIPPED]:
                 self.skipped += 1
