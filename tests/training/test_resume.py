@@ -1,0 +1,160 @@
+"""What stands in a run's folder, what a resume takes from it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.errors import InputError
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training import folder
+from cllm_spheres.training.schedule import learning_rate
+from tests.runs import TINY, resume, train_whole
+
+
+@pytest.fixture(scope="module")
+def ended(corpus, tmp_path_factory):
+    """A run of 20 steps that has ended."""
+    options = dict(steps=20, eval_every=4, save_every=5, keep=2, eval_tokens=400)
+    return train_whole(corpus, tmp_path_factory.mktemp("ended") / "run", **options)
+
+
+def test_config_toml_holds_the_resolved_configuration_and_where_the_data_are(ended, corpus):
+    values = tomllib.loads((ended.run / "config.toml").read_text())
+    assert values["data"] == str(corpus)
+    assert values["data_fingerprint"] == Prepared.open(corpus).fingerprint
+    assert values["steps"] == 20 and values["vocab_size"] == 257 and values["workers"] == 2
+    assert values | TINY == values
+
+
+def test_a_checkpoint_holds_what_it_promises(ended):
+    checkpoint = Store(ended.run).load("last")
+    assert checkpoint.step == 20
+    assert {path.name for path in checkpoint.path.iterdir()} == {
+        "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "config.json", "manifest.json",
+    }  # fmt: skip
+    state = checkpoint.state
+    assert (state["step"], state["applied"], state["sequences"], state["total_tokens"]) == (20, 20, 80, 640)
+    assert (state["seed"], state["spheres"], state["batch_size"]) == (1337, 4, 4)
+    assert {"arithmetic", "blas", "numba", "llvmlite", "cpu", "flush_to_zero"} <= state["fingerprint"].keys()
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    assert (config["n_layer"], config["n_head"], config["n_embd"], config["vocab_size"]) == (1, 2, 32, 257)
+    model = checkpoint.model
+    moments = {name.partition(".")[2] for name in checkpoint.optimizer if name.startswith("moments.")}
+    squares = {name.partition(".")[2] for name in checkpoint.optimizer if name.startswith("squares.")}
+    assert moments == squares == set(model)
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(ended):
+    evaluations = {r["step"]: r["val_loss"] for r in ended.of("eval")}
+    assert list(evaluations) == [0, 4, 8, 12, 16, 20]
+    store = Store(ended.run)
+    best = min(evaluations, key=evaluations.get)
+    assert store.best_step() == best == Store(ended.run).load().step
+    saves = [e["step"] for e in ended.of("event") if e["event"] in ("saved", "best")]
+    assert set(saves) >= {5, 10, 15, 20}
+    assert store.steps() == sorted({best, *saves[-2:]})
+
+
+def test_a_finished_run_says_so(ended, corpus):
+    _, finished = folder.plan_resume(ended.run, {}, None)
+    assert "is finished: step 20 of 20. Go on with --steps 40" in finished
+    _, finished = folder.plan_resume(ended.run, {"steps": 30, "stop_at": 20}, corpus)
+    assert "has reached step 20, and --stop-at is 20" in finished
+
+
+def test_stop_at_saves_and_ends_without_touching_the_schedule(corpus, tmp_path):
+    stopped = train_whole(corpus, tmp_path / "run", steps=20, stop_at=7, save_every=100, eval_every=100)
+    assert Store(stopped.run).steps() == [7]
+    assert [step for step, *_ in stopped.evaluations] == [0, 7]
+    assert stopped.event("end")["reason"] == "stop_at"
+    assert [r["lr"] for r in stopped.of("step")] == [learning_rate(n, stopped.config) for n in range(1, 8)]
+    assert stopped.config.steps == 20 and stopped.config.stop_at is None
+    resumed = resume(stopped.run)
+    assert resumed.of("step")[-1]["step"] == 20
+    assert [r["lr"] for r in resumed.of("step")] == [learning_rate(n, stopped.config) for n in range(1, 21)]
+    assert resumed.of("event")[-1]["reason"] == "done"
+
+
+def test_new_steps_on_a_resume_replan_the_schedule_as_an_event(corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", steps=10, stop_at=6, warmup=2).run
+    resumed = resume(run, steps=14)
+    assert resumed.code == 0, resumed.message
+    event = resumed.event("replan")
+    assert (event["step"], event["steps"]) == (6, 14)
+    assert resumed.config.steps == 14
+    rates = [r["lr"] for r in resumed.of("step")]
+    before = resumed.config.model_copy(update={"steps": 10})
+    assert rates[:6] == [learning_rate(n, before) for n in range(1, 7)]
+    assert rates[6:] == [learning_rate(n, resumed.config) for n in range(7, 15)]
+    longer = resume(run, steps=15)  # a finished run goes on too
+    assert longer.of("step")[-1]["step"] == 15
+
+
+def test_a_resume_takes_the_newest_good_checkpoint_and_says_what_it_refused(corpus, tmp_path):
+    options = dict(steps=12, save_every=3, eval_every=3)
+    straight = train_whole(corpus, tmp_path / "straight", **options)
+    run = train_whole(corpus, tmp_path / "run", **options, stop_at=9).run
+    path = Store(run).path(9) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"step","step":10,"lo')  # torn by a death
+    resumed = resume(run)
+    assert resumed.code == 0, resumed.message
+    assert resumed.event("resume")["from_step"] == 6
+    assert "step-00000009 is damaged: model.safetensors" in resumed.event("refused")["message"]
+    assert (resumed.curve, resumed.files) == (straight.curve, straight.files)
+    assert resumed.evaluations == straight.evaluations
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"width": 64}, "was begun with --width 32, and 64 was given"),
+        ({"layers": 2}, "--layers 1, and 2"),
+        ({"spheres": 2}, "--spheres 4, and 2"),
+        ({"batch_size": 8}, "--batch-size 4, and 8"),
+        ({"seed": 1}, "--seed 1337, and 1"),
+        ({"steps": 19}, "--steps 19 is before step 20"),
+        ({"workers": 5}, "--workers 5 are more than the run's 4 spheres. Give 4 or fewer"),
+    ],
+)
+def test_a_resume_with_another_configuration_is_refused(ended, given, message):
+    with pytest.raises(InputError, match=message):
+        folder.plan_resume(ended.run, given, None)
+
+
+def test_the_same_options_given_again_are_no_other_configuration(ended, corpus):
+    plan, _ = folder.plan_resume(ended.run, dict(TINY, steps=30, clip=1.0), corpus)
+    assert plan.config.steps == 30
+
+
+def test_a_resume_with_other_data_is_refused(ended, char_corpus):
+    with pytest.raises(InputError, match="was begun with other data"):
+        folder.plan_resume(ended.run, {"steps": 30}, char_corpus)
+
+
+def test_a_run_that_goes_on_is_locked(ended):
+    from cllm_spheres.checkpoint.lock import lock
+
+    with lock(ended.run):
+        outcome = resume(ended.run, steps=30)
+    assert outcome.code == 2 and "A run is going on in" in outcome.message
+    assert ended.config.steps == 20
+
+
+def test_other_numerics_are_said_and_the_run_goes_on(corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", steps=4, stop_at=2).run
+    store = Store(run)
+    saved = store.load(2)
+    state = saved.state | {"fingerprint": saved.state["fingerprint"] | {"numba": "0.1"}}
+    store.save(2, saved.model, saved.optimizer, state, saved.config, saved.tokenizer_path)
+    resumed = resume(run)
+    assert resumed.code == 0
+    (difference,) = resumed.event("fingerprint")["differences"]
+    assert difference.startswith("numba 0.1 -> ")

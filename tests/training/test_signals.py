@@ -1,0 +1,130 @@
+"""Signals to the command, to its process group and to Node Zero: what is saved, what is said, how it goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.events import read
+from tests.runs import (
+    TINY,
+    WAIT_S,
+    Family,
+    Outcome,
+    begin,
+    finished,
+    resume,
+    start,
+    train_whole,
+    wait_for_step,
+    wait_until,
+    words,
+)
+
+# Steps of some milliseconds, so that a signal comes in the middle of the run.
+LONG = dict(layers=2, width=64, ff_width=256, block_size=64, batch_size=16, steps=240, eval_every=100, eval_tokens=640)
+ENDLESS = dict(steps=10_000_000, eval_every=10_000_000, save_every=10_000_000, eval_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    return train_whole(corpus, tmp_path_factory.mktemp("undisturbed") / "run", **TINY | LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_the_group", [False, True])
+def test_a_run_stopped_by_every_signal_saves_says_how_to_go_on_and_ends_in_the_same_bits(
+    undisturbed, corpus, tmp_path, to_the_group
+):
+    run = tmp_path / "run"
+    arguments = [corpus, *words(TINY | LONG)]
+    for number, after, code in ((signal.SIGINT, 10, 130), (signal.SIGTERM, 60, 143), (signal.SIGHUP, 110, 129)):
+        command = begin("train", *arguments, "--run", run, "--plain")
+        family = Family.of(command.pid, 2)
+        wait_for_step(run, after)
+        if to_the_group:
+            os.killpg(command.pid, number)
+        else:
+            command.send_signal(number)
+        out, error = command.communicate(timeout=WAIT_S)
+        outcome = Outcome(run, command.returncode, error)
+        assert outcome.code == code, out + error
+        assert family.alive == []
+        assert f"cllm-spheres train --resume --run {run}" in error and "Traceback" not in out + error
+        last = outcome.of("step")[-1]["step"]
+        assert after <= last < 240
+        assert Store(run).steps()[-1] == last and f"Saved step {last}." in error
+        end = outcome.of("event")[-1]
+        assert (end["event"], end["reason"], end["step"]) == ("end", "signal", last)
+        arguments = ["--resume"]
+    resumed = resume(run)
+    assert resumed.code == 0, resumed.message
+    assert (resumed.curve, resumed.files) == (undisturbed.curve, undisturbed.files)
+    assert resumed.evaluations == undisturbed.evaluations
+
+
+@pytest.fixture
+def stuck(corpus, tmp_path):
+    """A run in the middle of a step that does not end: one worker is stopped while it computes."""
+    options = TINY | LONG | {"save_every": 1000, "eval_every": 1000}
+    launch = start(corpus, tmp_path / "run", **options)
+    family = Family.of(os.getpid(), 2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for_step(tmp_path / "run", 3)
+
+    def state():
+        """What the first record that was made from now on says of worker 1."""
+        now = time.time()
+        return wait_until(
+            lambda: next((r["state"][1] for r in read(metrics) if r["kind"] == "spheres" and r["time"] > now), None),
+            "a record of the spheres",
+        )
+
+    family.workers[1].suspend()
+    while state() != "computing":  # stopped in its update it would be a step that cannot be dropped
+        family.workers[1].resume()
+        family.workers[1].suspend()
+    yield launch, family
+    family.end()
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_dropped_and_a_resume_repeats_it_exactly(undisturbed, stuck):
+    launch, family = stuck
+    family.node_zero.send_signal(signal.SIGTERM)
+    outcome = finished(launch)
+    assert outcome.code == 143 and family.alive == []
+    last = outcome.of("step")[-1]["step"]
+    assert 3 <= last < 240 and Store(outcome.run).steps() == [last]
+    assert f"Stopped by signal 15. Saved step {last}." in outcome.message
+    resumed = resume(outcome.run)
+    assert resumed.code == 0, resumed.message
+    assert [r["step"] for r in resumed.of("step")] == list(range(1, 241))
+    assert (resumed.curve, resumed.files) == (undisturbed.curve, undisturbed.files)
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(stuck):
+    launch, family = stuck
+    family.node_zero.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # two signals within a moment are one wish: some senders signal a process and then its group
+    family.node_zero.send_signal(signal.SIGINT)
+    outcome = finished(launch)
+    assert outcome.code == 130 and "Left at once" in outcome.message
+    wait_until(lambda: family.alive == [], "the workers' end")
+    assert Store(outcome.run).steps() == []
+    assert resume(outcome.run, stop_at=2).code == 0  # there was no checkpoint: it begins anew
+
+
+def test_a_stop_while_starting_says_that_nothing_was_done(corpus, tmp_path):
+    launch = start(corpus, tmp_path / "run", **ENDLESS)
+    launch.pass_on(signal.SIGTERM)
+    outcome = finished(launch)
+    assert outcome.code == 143
+    assert "Stopped by signal 15" in outcome.message and "Traceback" not in outcome.message
+    assert outcome.of("step") == [] or Store(outcome.run).steps()
+    assert resume(tmp_path / "run", stop_at=3).code == 0
