@@ -1,0 +1,73 @@
+"""Whole models with weights, gradients and tokens to give to the compiled entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from cllm_spheres.model.geometry import Geometry, geometry, new_arena
+from cllm_spheres.model.gpt import compute_logits, compute_shard, evaluate_window
+from cllm_spheres.model.layout import Layout, Shape
+
+PROGRESS = np.zeros(1, np.int64)
+
+
+@dataclass
+class Whole:
+    """A model on its flat buffers. Weights are so large that every part of it counts; the arena begins as NaN."""
+
+    shape: Shape
+    largest_shard: int = 100
+    dropout: float = 0.0
+    layout: Layout = field(init=False)
+    card: Geometry = field(init=False)
+
+    def __post_init__(self):
+        self.layout = Layout(self.shape)
+        self.card = geometry(self.layout, largest_shard=self.largest_shard, dropout=self.dropout)
+        rng = np.random.default_rng(3)
+        self.params_P = np.zeros(self.layout.size, np.float32)
+        self.parameters = self.layout.views(self.params_P)
+        for name, view in self.parameters.items():
+            deviation = 0.3 if view.ndim == 2 else 0.5
+            view[...] = rng.standard_normal(view.shape) * deviation + (name.endswith("weight") and view.ndim == 1)
+        self.arena = new_arena(self.card.arena_floats)
+        self.arena[:] = np.nan
+
+    def batch(self, count, length=None):
+        rng = np.random.default_rng(4)
+        shape = (count, length or self.shape.block_size)
+        return tuple(rng.integers(0, self.shape.vocab_size, shape).astype(np.int32) for _ in range(2))
+
+    def shard(self, inputs_BT, targets_BT, scale, key=0, first_sequence=0):
+        """The summed loss, and the segment, which begins as NaN where a tensor is and as zero between them."""
+        segment_P = np.zeros(self.layout.size, np.float32)
+        for view in self.layout.views(segment_P).values():
+            view[...] = np.nan
+        loss = compute_shard.call(
+            self.card.array.ctypes.data, self.params_P.ctypes.data, segment_P.ctypes.data, self.arena.ctypes.data,
+            inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, key, first_sequence,
+            PROGRESS.ctypes.data,
+        )  # fmt: skip
+        return loss, segment_P
+
+    def window(self, inputs_T, targets_T):
+        return evaluate_window.call(
+            self.card.array.ctypes.data, self.params_P.ctypes.data, self.arena.ctypes.data, inputs_T.ctypes.data,
+            targets_T.ctypes.data, len(inputs_T), PROGRESS.ctypes.data,
+        )  # fmt: skip
+
+    def logits(self, inputs_T, first_row=0):
+        logits = np.full((len(inputs_T) - first_row, self.shape.vocab_size), np.nan, np.float32)
+        compute_logits.call(
+            self.card.array.ctypes.data, self.params_P.ctypes.data, self.arena.ctypes.data, inputs_T.ctypes.data,
+            len(inputs_T), first_row, logits.ctypes.data, PROGRESS.ctypes.data,
+        )  # fmt: skip
+        return logits
+
+
+@pytest.fixture
+def whole():
+    return Whole

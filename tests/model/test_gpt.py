@@ -1,0 +1,159 @@
+"""The whole model against its slow twin: losses, logits, and the gradient tensor by tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
+from cllm_spheres.model.geometry import ROWS_AT_A_TIME
+from cllm_spheres.model.layout import Shape
+from tests.check import assert_close
+from tests.naive import naive_logits, naive_loss_and_gradients
+
+SHAPES = {
+    "round": Shape(vocab_size=64, block_size=16, layers=2, heads=4, width=32, ff_width=128),
+    "round without biases": Shape(vocab_size=64, block_size=16, layers=2, heads=4, width=32, ff_width=128, bias=False),
+    "odd": Shape(vocab_size=37, block_size=11, layers=3, heads=3, width=15, ff_width=29),
+    "odd without biases": Shape(vocab_size=37, block_size=11, layers=1, heads=5, width=35, ff_width=3, bias=False),
+    "least": Shape(
+        vocab_size=2, block_size=1, layers=1, heads=1, width=4, ff_width=1
+    ),  # of two channels a norm keeps the sign alone
+    "longer than a group": Shape(vocab_size=50, block_size=300, layers=1, heads=2, width=8, ff_width=8),
+}
+# Three layers of float32 with weights far larger than a trained model's: sums of up to some hundred terms that
+# partly cancel, one after the other. The single kernels keep 1e-5; a wrong term is off by 1e-2 and more.
+TOLERANCE = 1e-4
+
+
+@kernel
+def dropout_key(seed, step):
+    return np.int64(key_of(seed, PURPOSE_DROPOUT, step))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_gradient_of_every_tensor_equals_its_twins(whole, name, count):
+    model = whole(SHAPES[name])
+    inputs_BT, targets_BT = model.batch(count)
+    loss, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)
+    expected, gradients = naive_loss_and_gradients(model.shape, model.parameters, inputs_BT, targets_BT)
+    assert_close(loss / inputs_BT.size, np.array(expected), TOLERANCE, "loss")
+    found = model.layout.views(segment_P)
+    assert found.keys() == gradients.keys()
+    largest = max(np.abs(gradient).max() for gradient in gradients.values())
+    for tensor, gradient in gradients.items():
+        # Keys' biases have no gradient but what rounding leaves: a tensor is compared on the scale of the whole too.
+        scale = max(np.abs(gradient).max(), 1e-3 * largest)
+        assert np.abs(found[tensor] - gradient).max() <= TOLERANCE * scale, tensor
+
+
+def test_a_shard_is_computed_in_groups_that_add_up(whole):
+    shape = SHAPES["odd"]
+    model = whole(shape)
+    at_a_time = ROWS_AT_A_TIME // shape.block_size
+    inputs_BT, targets_BT = model.batch(2 * at_a_time + 3)
+    loss, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)
+    expected, gradients = naive_loss_and_gradients(shape, model.parameters, inputs_BT, targets_BT)
+    assert_close(loss / inputs_BT.size, np.array(expected), TOLERANCE, "loss")
+    for tensor, view in model.layout.views(segment_P).items():
+        assert_close(view, gradients[tensor], TOLERANCE, tensor)
+
+
+def test_shards_add_up_to_the_batch(whole):
+    model = whole(SHAPES["round"])
+    inputs_BT, targets_BT = model.batch(7)
+    parts = [
+        model.shard(np.ascontiguousarray(inputs_BT[a:b]), np.ascontiguousarray(targets_BT[a:b]), 1 / inputs_BT.size)
+        for a, b in ((0, 3), (3, 5), (5, 7))
+    ]
+    loss, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)
+    assert_close(sum(part[0] for part in parts), np.array(loss), 1e-6)  # float32 logarithms, summed in float64
+    assert_close(sum(part[1] for part in parts), segment_P)
+
+
+def test_a_shards_gradient_is_a_function_of_weights_and_tokens_to_the_bit(whole):
+    one, other = whole(SHAPES["odd"]), whole(SHAPES["odd"])
+    other.arena[:] = 7
+    inputs_BT, targets_BT = one.batch(5)
+    loss, segment_P = one.shard(inputs_BT, targets_BT, 0.1)
+    for model in (one, other):
+        again, same_P = model.shard(inputs_BT, targets_BT, 0.1)
+        assert again == loss and same_P.tobytes() == segment_P.tobytes()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_window_has_the_loss_of_its_twin_whole_or_short(whole, name):
+    model = whole(SHAPES[name])
+    for length in {1, (model.shape.block_size + 1) // 2, model.shape.block_size}:
+        inputs_BT, targets_BT = model.batch(1, length)
+        loss = model.window(inputs_BT[0], targets_BT[0])
+        expected, _ = naive_loss_and_gradients(model.shape, model.parameters, inputs_BT, targets_BT)
+        assert_close(loss / length, np.array(expected), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_the_twin_and_rows_may_be_left_out(whole, name):
+    model = whole(SHAPES[name])
+    inputs_BT, _ = model.batch(1)
+    expected = naive_logits(model.shape, model.parameters, inputs_BT)[0]
+    logits = model.logits(inputs_BT[0])
+    assert_close(logits, expected, TOLERANCE)
+    last = model.logits(inputs_BT[0], first_row=len(inputs_BT[0]) - 1)
+    assert_close(last, logits[-1:])
+
+
+def test_logits_do_not_look_ahead(whole):
+    model = whole(SHAPES["odd"])
+    inputs_T = model.batch(1)[0][0]
+    logits = model.logits(inputs_T)
+    changed = inputs_T.copy()
+    changed[6:] = (changed[6:] + 1) % 37
+    other = model.logits(changed)
+    assert (logits[:6] == other[:6]).all() and (logits[6:] != other[6:]).any(1).all()
+
+
+def test_dropout_drops_its_share_in_training_alone_and_depends_on_the_number_of_the_sequence(whole):
+    model = whole(SHAPES["round"], dropout=0.25)
+    inputs_BT, targets_BT = model.batch(4)
+    plain, _ = model.shard(inputs_BT, targets_BT, 1.0)
+    assert plain == whole(SHAPES["round"]).shard(inputs_BT, targets_BT, 1.0)[0]  # key 0: none is dropped
+    key = dropout_key(1337, 5)
+    dropped, dropped_P = model.shard(inputs_BT, targets_BT, 1.0, key)
+    again, again_P = model.shard(inputs_BT, targets_BT, 1.0, key)
+    assert (again, again_P.tobytes()) == (dropped, dropped_P.tobytes())
+    assert dropped != plain
+    assert model.shard(inputs_BT, targets_BT, 1.0, dropout_key(1337, 6))[0] != dropped
+    # sequence 2 of the batch is dropped in the same way in whatever shard it lies
+    alone = [np.ascontiguousarray(ids[2:3]) for ids in (inputs_BT, targets_BT)]
+    here = model.shard(*alone, 1.0, key, first_sequence=2)[0]
+    parts = [
+        model.shard(*(np.ascontiguousarray(ids[i : i + 1]) for ids in (inputs_BT, targets_BT)), 1.0, key, i)[0]
+        for i in range(4)
+    ]
+    assert parts[2] == here != model.shard(*alone, 1.0, key, first_sequence=0)[0]
+    assert_close(sum(parts), np.array(dropped), 1e-6)  # float32 logarithms, summed in float64
+    assert not np.isnan(dropped_P).any()
+
+
+def test_progress_is_raised_at_every_layer(whole):
+    from tests.model.conftest import PROGRESS
+
+    model = whole(SHAPES["odd"])
+    before = PROGRESS[0]
+    model.shard(*model.batch(1), 1.0)
+    assert PROGRESS[0] - before >= 3
+
+
+@pytest.mark.parametrize("entry", ["shard", "window", "logits"])
+def test_the_callers_arithmetic_stays_as_it_was(whole, entry):
+    model = whole(SHAPES["odd"])
+    inputs_BT, targets_BT = model.batch(1)
+    arguments = {
+        "shard": (inputs_BT, targets_BT, 1.0),
+        "window": (inputs_BT[0], targets_BT[0]),
+        "logits": (inputs_BT[0],),
+    }
+    getattr(model, entry)(*arguments[entry])
+    assert (np.full(33, 1e-38, np.float32) * np.float32(0.5) > 0).all()  # subnormal numbers are not flushed here
