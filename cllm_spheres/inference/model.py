@@ -36,6 +36,13 @@ class Model:
         self._arena = new_arena(self._geometry.arena_floats)
         self._progress = np.zeros(1, np.int64)
 
+    def __repr__(self) -> str:
+        s = self.shape
+        return (
+            f"<Model of {self._layout.num_parameters:,} parameters: {s.layers} layers, width {s.width},"
+            f" {s.heads} heads, block {s.block_size}, {self.tokenizer.kind} vocabulary of {s.vocab_size:,}>"
+        )
+
     @property
     def parameters(self) -> Mapping[str, np.ndarray]:
         """Names -> writable float32 views. Changing them in place counts in the next call."""
@@ -83,10 +90,11 @@ class Model:
             raise InputError(f"The seed is {seed}: give 0 to {2**63 - 1}.")
         ids = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
         decoder = StreamDecoder(self.tokenizer)
+        key = np.uint64(key_of(seed, PURPOSE_SAMPLING, 0))  # as a plain int, half of all keys do not fit into 63 bits
         for n in range(tokens):
             window = np.array(ids[-self.shape.block_size :], np.int32)
             logits_V = self._logits(window, len(window) - 1)[0]
-            number = uniform(key_of(seed, PURPOSE_SAMPLING, 0), n)
+            number = uniform(key, n)
             token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, uniform=number)
             if token == self.tokenizer.eot:
                 break
