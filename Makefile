@@ -5,7 +5,8 @@ BIN := .venv/bin
 .PHONY: train test check install
 
 train: .venv/installed
-	$(BIN)/cllm-spheres train --preset small --steps 600
+	$(BIN)/cllm-spheres train --preset small --steps 1500
+	$(BIN)/cllm-spheres generate --prompt "def " --tokens 150
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -33,9 +33,14 @@ def generate(
     try:
         sys.stdout.write(prompt)
         for piece in stream:
-            sys.stdout.write(piece)
+            sys.stdout.write(_harmless(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
         print()
         raise typer.Exit(130) from None
     print()
+
+
+def _harmless(text: str) -> str:
+    """Without the control characters that would command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

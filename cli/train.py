@@ -58,6 +58,12 @@ def train(
     *,
     run: Annotated[Path | None, typer.Option(help="The folder of the run. Default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run, exactly.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="With --resume: refuse where other library versions or another CPU may change bits."
+        ),
+    ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
     config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE.toml")] = None,
     **options: Any,
@@ -71,8 +77,9 @@ def train(
     from cllm_spheres_cli.progress import interruptible, progress_of
     from rich.console import Console
 
+    from cllm_spheres.api import attend
     from cllm_spheres.errors import InputError
-    from cllm_spheres.training import folder, session
+    from cllm_spheres.training import session
 
     console = Console()
     given = {name: value for name, value in options.items() if value is not None}
@@ -81,35 +88,19 @@ def train(
             raise InputError("--resume needs --run: which run shall go on?")
         if config is not None:
             raise InputError("--resume takes its configuration from the run: leave --config out.")
-        plan, finished = folder.plan_resume(run, given, data)
+        with interruptible("Nothing was trained."), progress_of(console) as progress:
+            plan, finished = session.resumed_run(run, given, data=data, exact=exact, progress=progress)
         if finished:
             print(finished)
             return
     else:
         with interruptible("Nothing was trained."), progress_of(console) as progress:
             plan = session.new_run(data, given, run=run, file=config, progress=progress)
-    code, message = _watch(plan, plain)
+    code, message = attend(session.start(plan), plain=plain or None)
     print(message, file=None if code == 0 else typer.get_text_stream("stderr"))
     if code == 0:
         print(f"Let it write: cllm-spheres generate {plan.run}")
     raise typer.Exit(code)
-
-
-def _watch(plan: Any, plain: bool) -> tuple[int, str]:
-    """Start Node Zero and show what it does until it ends."""
-    import time
-
-    from cllm_spheres.training import session
-    from cllm_spheres.training.launch import signals_passed_on
-    from cllm_spheres.watch.follow import POLL_S, Follower
-
-    launch = session.start(plan)
-    with signals_passed_on(launch), Follower(plan.run, plain=plain or None) as follower:
-        while launch.alive:
-            follower.notice(launch.status)
-            follower.poll()
-            time.sleep(POLL_S)
-        return launch.finish()
 
 
 _own = inspect.signature(train).parameters

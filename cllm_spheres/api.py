@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cllm_spheres.errors import Interrupted, RunFailed
 from cllm_spheres.inference.model import Model, load
-from cllm_spheres.training import folder, session
-from cllm_spheres.training.launch import signals_passed_on
+from cllm_spheres.training import session
+from cllm_spheres.training.launch import Launch, signals_passed_on
 
 __all__ = ["Model", "Run", "load", "train"]
 
@@ -55,32 +54,20 @@ def train(
     """
     from cllm_spheres.config import merge
     from cllm_spheres.errors import InputError
-    from cllm_spheres.watch.follow import POLL_S, Follower
 
     source = None if data is None else Path(data)
     if resume:
         if run is None:
             raise InputError("resume needs `run`: which run shall go on?")
         merge(options)  # names unknown options
-        plan, finished = folder.plan_resume(Path(run), options, source)
+        plan, finished = session.resumed_run(Path(run), options, data=source)
         if finished:
             if not quiet:
                 print(finished)
             return Run(Path(run))
     else:
         plan = session.new_run(source, options, run=Path(run) if run else None, file=Path(config) if config else None)
-    launch = session.start(plan)
-    with signals_passed_on(launch):
-        if quiet:
-            while launch.alive:
-                time.sleep(POLL_S)
-        else:
-            with Follower(plan.run, plain=True) as follower:
-                while launch.alive:
-                    follower.notice(launch.status)
-                    follower.poll()
-                    time.sleep(POLL_S)
-        code, message = launch.finish()
+    code, message = attend(session.start(plan), plain=True, quiet=quiet)
     if code == 130:
         print(message, file=sys.stderr)
         raise KeyboardInterrupt(message)
@@ -90,4 +77,25 @@ def train(
         raise InputError(message)
     if code:
         raise RunFailed(message)
+    if not quiet:
+        print(message)
     return Run(plan.run)
+
+
+def attend(launch: Launch, *, plain: bool | None, quiet: bool = False) -> tuple[int, str]:
+    """Show a launched run until it ends, and pass signals on to it; its exit code, and what to tell the user.
+
+    plain: lines instead of the dashboard; None looks at the terminal. A fault of the display never ends a training.
+    """
+    from cllm_spheres.watch.follow import follow
+
+    with signals_passed_on(launch):
+        if not quiet:
+            try:
+                follow(
+                    launch.plan.run, plain=plain, alive=lambda: launch.alive, status=lambda: launch.status,
+                    stop_when_ended=False, endings=False,
+                )  # fmt: skip
+            except Exception as error:
+                print(f"The display failed ({type(error).__name__}: {error}); the training goes on.", file=sys.stderr)
+        return launch.finish()

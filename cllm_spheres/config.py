@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cllm_spheres.errors import InputError, nearest
 
 MAX_SPHERES = 156  # 12 + 144 places around Node Zero
-DATA_KEYS = ("data", "data_fingerprint")  # of a run's own config.toml: where its text is, and what it was
+DATA_KEYS = ("data", "data_fingerprint", "text")  # of a run's own config.toml: what it was trained on
 
 
 class Config(BaseModel):
@@ -73,7 +73,7 @@ class Config(BaseModel):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment; the momentum of sgd.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
-    clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; 0 or 'none' is off.")
+    clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; 0 is off.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped while training.")
     dtype: Literal["fp32"] = Field("fp32", description="Arithmetic of the kernels.")
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")

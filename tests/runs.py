@@ -136,7 +136,7 @@ def train_whole(data: Path, run: Path, **options) -> Outcome:
 
 def resume(run: Path, **options) -> Outcome:
     """The rest of a training."""
-    plan, done = folder.plan_resume(run, options, None)
+    plan, done = session.resumed_run(run, options, data=None)
     assert not done, done
     return finished(session.start(plan))
 

@@ -38,8 +38,8 @@ class Damaged(InputError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
-            f"The checkpoint {path} is damaged: {reason}. Choose another with --checkpoint, or continue the "
-            "run with --resume, which takes the newest good one."
+            f"The checkpoint {path} is damaged: {reason}."
+            " Choose another with --checkpoint; --resume takes the newest good one."
         )
         self.path = path
         self.reason = reason

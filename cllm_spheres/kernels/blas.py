@@ -22,17 +22,31 @@ _ROW_MAJOR, _PLAIN, _TRANSPOSED = np.int32(101), np.int32(111), np.int32(112)
 _i32, _f32, _address = types.int32, types.float32, types.intp
 
 
+def _core_type() -> str | None:
+    """OpenBLAS's name for the kernels that fit this CPU's vectors; None leaves the choice to OpenBLAS."""
+    features = llvm.get_host_cpu_features()
+    if all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")):
+        return "SkylakeX"
+    return "Haswell" if features.get("avx2") and features.get("fma") else None
+
+
 def _load() -> ctypes.CDLL:
     path = os.path.join(scipy_openblas32.get_lib_dir(), f"lib{scipy_openblas32.get_library()}.so")
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read once, while the library loads: no idle threads are started
+    # Read once, while the library loads. One thread: no idle ones are started. The core type: the same kernels on
+    # every CPU with the same vector width, so that a run's bits survive a move between them; the user's own wins.
+    wanted = {"OPENBLAS_NUM_THREADS": "1"}
+    if (core := _core_type()) and "OPENBLAS_CORETYPE" not in os.environ:
+        wanted["OPENBLAS_CORETYPE"] = core
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         library = ctypes.CDLL(path)
     finally:
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     library.scipy_openblas_set_num_threads(1)
     llvm.add_symbol("cllm_spheres_sgemm", ctypes.cast(library.scipy_cblas_sgemm, ctypes.c_void_p).value)
     return library

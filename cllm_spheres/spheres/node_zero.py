@@ -99,6 +99,10 @@ class NodeZero:
     def kill(self) -> None:
         """SIGKILL for all workers, confirmed by their parent, then the server's end."""
         self._closing = True
+        self._set(M.ABORT, 1)
+        atomics.wake_all(self.memory.control(M.RELEASE))
+        if not self._pids:
+            self._server.kill()  # it is still compiling and hears nothing
         try:
             self._connection.send(json.dumps({"kill": True}).encode())
         except OSError:

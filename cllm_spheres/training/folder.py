@@ -34,6 +34,7 @@ class Plan:
     prepared: Prepared
     stop_at: int | None = None
     resume: bool = False
+    exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
 
 
 def new_name(preset: str | None) -> Path:
@@ -54,26 +55,30 @@ def check_new(run: Path) -> None:
     folder = run
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder. Give another --run.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"No permission to write in {folder.resolve()}. Give another --run.")
 
 
-def create(run: Path, config: Config, prepared: Prepared) -> None:
+def create(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:
     """Make the folder with its config.toml; nothing is left where that fails."""
     check_new(run)
     made = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_config(run, config, prepared)
+        write_config(run, config, prepared, text)
     except OSError as error:
         if made:
             shutil.rmtree(run, ignore_errors=True)
         raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
 
 
-def write_config(run: Path, config: Config, prepared: Prepared) -> None:
-    """config.toml, replaced at once."""
+def write_config(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:
+    """config.toml, replaced at once. text: the raw text that was prepared, "" for the embedded corpus."""
     extra = {"data": str(Path(prepared.folder).resolve()), "data_fingerprint": prepared.fingerprint}
+    if text is not None:
+        extra["text"] = text
     temporary = run / ".config.toml.new"
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -102,24 +107,29 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         raise InputError(f"{run / 'config.toml'} is damaged: {error}") from None
 
 
-def plan_resume(run: Path, given: dict[str, Any], data: Path | None) -> tuple[Plan, str | None]:
-    """A run as it stands, with new workers, steps or stop_at; the second value says that it is finished already.
-
-    InputError where another model or other data are asked for, or the data have changed.
-    """
-    config, where = read_config(run)
+def check_same(run: Path, config: Config, given: dict[str, Any]) -> None:
+    """InputError where a resume asks for another configuration than the run's."""
+    asked = build(config.model_dump() | given)  # as the run's own values were made: clip 0 is None
     for key, value in given.items():
-        if key not in MAY_CHANGE and getattr(config, key) != value:
+        if key not in MAY_CHANGE and getattr(config, key) != getattr(asked, key):
             raise InputError(
                 f"{run} was begun with {flag(key)} {getattr(config, key)}, and {value} was given."
                 f" A resume keeps what the run is; only {', '.join(map(flag, MAY_CHANGE))} may change."
                 " Begin a new run for another configuration."
             )
-    prepared = Prepared.open(data or where["data"])
+
+
+def plan_resume(
+    run: Path, config: Config, where: dict[str, Any], given: dict[str, Any], prepared: Prepared
+) -> tuple[Plan, str | None]:
+    """A run as it stands, with new workers, steps or stop_at; the second value says that it is finished already.
+
+    InputError where the data are others, or where the numbers do not fit.
+    """
     if prepared.fingerprint != where["data_fingerprint"]:
         raise InputError(
             f"{run} was begun with other data: {prepared.folder} has fingerprint {prepared.fingerprint[:12]},"
-            f" the run's is {str(where['data_fingerprint'])[:12]}. Give the folder that it was begun with."
+            f" the run's is {str(where['data_fingerprint'])[:12]}. Give the data that it was begun with."
         )
     steps, stop_at, workers = given.get("steps"), given.get("stop_at"), given.get("workers")
     reached = max(Store(run).steps(), default=0)
@@ -137,6 +147,8 @@ def plan_resume(run: Path, given: dict[str, Any], data: Path | None) -> tuple[Pl
     elif stop_at is not None and stop_at <= reached:
         finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
     update = {key: value for key, value in (("workers", workers), ("steps", steps)) if value is not None}
+    if config.warmup is not None and config.warmup >= horizon:
+        update["warmup"] = horizon // 10
     config = build(config.model_dump() | update)
     if not finished:
         check_memory(config, prepared)

@@ -10,6 +10,7 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.fingerprint import differences
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config
+from cllm_spheres.errors import InputError
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.text.prepared import Prepared
@@ -63,8 +64,11 @@ class Keeper:
             progress.step, path=str(path), seconds=seconds, val_loss=progress.best_loss,
         )  # fmt: skip
 
-    def restore(self, checkpoint: Checkpoint) -> tuple[Progress, int]:
-        """Weights, moments and counters as they were; the padding is zero already. Also the updates applied."""
+    def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
+        """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.
+
+        Where the numerics are not the checkpoint's, an event says so; with `exact` that is an InputError.
+        """
         params, moments, state = self.layout.views(self.node_zero.memory.params), self._moments(), checkpoint.state
         for name, tensor in checkpoint.model_tensors():
             params[name][...] = tensor
@@ -73,6 +77,11 @@ class Keeper:
             moments[kind][tensor_name][...] = tensor
         self.metrics.total_tokens, self.metrics.skipped = state["total_tokens"], state["step"] - state["applied"]
         changed = differences(state["fingerprint"], fingerprint())
+        if changed and exact:
+            raise InputError(
+                f"--exact: the numerics are not those of {checkpoint.path}: {'; '.join(changed)}."
+                " Without --exact the run goes on, with other bits."
+            )
         if changed:
             self.metrics.event(
                 "fingerprint", "The numerics are not the checkpoint's, so the bits may differ: " + "; ".join(changed),

@@ -40,7 +40,8 @@ class Launch:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         order = {
-            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": changes or {}, "resume": plan.resume,
+            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": changes or {},
+            "resume": plan.resume, "exact": plan.exact,
             "stop_at": plan.stop_at, "launcher": os.getpid(),
         }  # fmt: skip
         assert self.process.stdin is not None

@@ -50,14 +50,14 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
         for reason in refused:
             trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
         if order["changes"] or order["data"]:
-            write_config(run, config, prepared)
+            write_config(run, config, prepared, where["text"])
         if config.steps != steps_before:
             trainer.metrics.event(
                 "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,
                 steps=config.steps,
             )  # fmt: skip
         try:
-            reason = trainer.train(checkpoint)
+            reason = trainer.train(checkpoint, exact=order["exact"])
         except Interrupted as error:
             resume = f"Go on with: cllm-spheres train --resume --run {run}"
             with contextlib.suppress(RunFailed):  # a full disk: what is saved is saved
@@ -70,7 +70,8 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
                 if last is None
                 else f"The last checkpoint is {trainer.store.path(last)}."
             )
-            message = f"{type(error).__name__}: {error}\n{saved}"
+            go_on = f"Go on with: cllm-spheres train --resume --run {run}"
+            message = f"{type(error).__name__}: {error}\n{saved}\n{go_on}"
             with contextlib.suppress(RunFailed):
                 trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
             return {"code": error.exit_code, "message": message}

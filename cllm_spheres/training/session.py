@@ -7,12 +7,14 @@ watches until it ends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cllm_spheres.config import merge, read_toml
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.embedded import minimal_text
+from cllm_spheres.text.folder import is_prepared
 from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
 from cllm_spheres.training.folder import MAY_CHANGE, Plan
@@ -38,20 +40,22 @@ def new_run(
     check_shape(config)
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
-    prepared = prepare_data(data, config.preset, config.tokenizer, config.vocab_size, given, progress)
+    source = minimal_text() if data is None and config.preset == "minimal" else data
+    prepared = prepare_data(source, config.tokenizer, config.vocab_size, given, progress)
     if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
-    folder.create(run, resolved, prepared)
+    folder.create(run, resolved, prepared, _raw(source))
     return Plan(run, resolved, prepared, config.stop_at)
 
 
 def prepare_data(
-    data: Path | None, preset: str | None, tokenizer: str, vocab_size: int | None, given: set[str],
-    progress: Progress | None,
-) -> Prepared:  # fmt: skip
-    """The prepared form of a folder, of raw text, or of the embedded corpus; options that contradict it are refused."""
-    source = minimal_text() if data is None and preset == "minimal" else data
+    source: Path | None, tokenizer: str, vocab_size: int | None, given: set[str], progress: Progress | None
+) -> Prepared:
+    """The prepared form of a folder, of raw text, or (None) of the embedded corpus, every byte verified.
+
+    InputError where options that were given contradict a prepared folder.
+    """
     own_vocab = "vocab_size" in given
     wanted = vocab_size if own_vocab or tokenizer in ("bpe", "word") else None
     prepared = prepare_cached(
@@ -64,7 +68,33 @@ def prepare_data(
             raise InputError(
                 f"{prepared.folder} was prepared with {key} {actual}, and {value} was given. Leave it out."
             )
+    prepared.verify()
     return prepared
+
+
+def resumed_run(
+    run: Path, given: dict[str, Any], *, data: Path | None, exact: bool = False, progress: Progress | None = None
+) -> tuple[Plan, str | None]:
+    """The plan of a run that goes on, and, where it is finished already, a sentence that says so.
+
+    Prepared data that are gone are prepared again from the text that they came from.
+    """
+    config, where = folder.read_config(run)
+    folder.check_same(run, config, given)
+    text = where["text"]
+    if data is None and where["data"] and (is_prepared(Path(where["data"])) or text is None):
+        data = Path(where["data"])
+    source = data or (Path(text) if text else None)
+    prepared = prepare_data(source, config.tokenizer, config.vocab_size, set(), progress)
+    plan, finished = folder.plan_resume(run, config, where, given, prepared)
+    return replace(plan, exact=exact), finished
+
+
+def _raw(source: Path | None) -> str | None:
+    """How config.toml names raw text; None for a folder that was prepared by the user."""
+    if source is None:
+        return ""
+    return None if is_prepared(source) else str(source.resolve())
 
 
 def start(plan: Plan) -> Launch:

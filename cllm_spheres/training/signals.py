@@ -31,6 +31,11 @@ class Wishes:
         for target in (self._signals, self._caller):
             threading.Thread(target=target, daemon=True).start()
 
+    @property
+    def name(self) -> str:
+        """The first signal's name, such as SIGINT."""
+        return signal.Signals(self.number).name
+
     def _signals(self) -> None:
         while True:
             info = signal.sigwaitinfo(STOP_SIGNALS)

@@ -55,6 +55,7 @@ class Trainer:
         self.metrics = Metrics(run / "metrics.jsonl")
         self.node_zero = NodeZero(make_job(config, prepared), status, self._leave_early, server)
         self.keeper = Keeper(self.store, self.layout, config, prepared, self.node_zero, self.metrics)
+        self._said_stopping = False
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._wish_to_stop)
 
@@ -65,13 +66,13 @@ class Trainer:
 
     # ---- the run
 
-    def train(self, checkpoint: Checkpoint | None) -> str:
+    def train(self, checkpoint: Checkpoint | None, *, exact: bool = False) -> str:
         """From the checkpoint, or from the start, to the end; returns the reason it ended: done or stop_at.
 
         Raises Interrupted after a signal, NonFinite, SphereLost or another RunFailed.
         """
         try:
-            self._start(checkpoint)
+            self._start(checkpoint, exact)
             while True:
                 self._evaluate_and_save()
                 if self.wishes.number and self.step < self.last:
@@ -85,7 +86,7 @@ class Trainer:
         finally:
             self.node_zero.close()
 
-    def _start(self, checkpoint: Checkpoint | None) -> None:
+    def _start(self, checkpoint: Checkpoint | None, exact: bool) -> None:
         job, config = self.node_zero.job, self.config
         self.metrics.event(
             "resume" if checkpoint else "start", self._headline(checkpoint), checkpoint.step if checkpoint else 0,
@@ -106,7 +107,7 @@ class Trainer:
         memory.words(memory.regions.window_lengths, len(lengths))[:] = lengths
         applied = 0
         if checkpoint:
-            self.progress, applied = self.keeper.restore(checkpoint)
+            self.progress, applied = self.keeper.restore(checkpoint, exact)
         else:
             self.node_zero.do(M.INITIALISE)
         self.node_zero.set_position(self.step, applied)
@@ -150,8 +151,10 @@ class Trainer:
         while not self.node_zero.finished():
             self.node_zero.wait_for_bell()
             self._watch(first)
-            if self.wishes.number and time.monotonic() - self.wishes.at > STEP_ENDS_WITHIN_S:
-                self._drop_step(first)
+            if self.wishes.number:
+                self._say_stopping()
+                if time.monotonic() - self.wishes.at > STEP_ENDS_WITHIN_S:
+                    self._drop_step(first)
         self._watch(first)
         if self.node_zero.halt == M.HALT_NONFINITE:
             raise NonFinite(self._explain_nonfinite())
@@ -213,10 +216,18 @@ class Trainer:
         self.node_zero.request_stop()
         self.node_zero.ring_bell()
 
+    def _say_stopping(self) -> None:
+        if not self._said_stopping:
+            self._said_stopping = True
+            self.metrics.event(
+                "stopping", f"{self.wishes.name}: the step ends within {STEP_ENDS_WITHIN_S:.0f} s or is dropped,"
+                " then the run is saved. A second signal leaves at once.", self.step, signal=self.wishes.number,
+            )  # fmt: skip
+
     def _leave_early(self) -> None:
         """Called while the spheres start: there is nothing to save yet."""
         if self.wishes.number:
-            raise Interrupted(f"Stopped by signal {self.wishes.number} while starting.", self.wishes.number)
+            raise Interrupted(f"Stopped by {self.wishes.name} while starting.", self.wishes.number)
 
     def _stop(self) -> None:
         """Save the last whole step and leave. The workers are idle, or ended here where they are evaluating."""
@@ -226,7 +237,7 @@ class Trainer:
             self.keeper.save(self.progress)
         number = self.wishes.number
         saved = f"Saved step {self.step}." if self.step else "No step was finished yet."
-        raise Interrupted(f"Stopped by signal {number}. {saved}", number)
+        raise Interrupted(f"Stopped by {self.wishes.name}. {saved}", number)
 
     def _drop_step(self, first: int) -> None:
         """Give up a step that does not end in time, before its update; a resume computes it again exactly."""

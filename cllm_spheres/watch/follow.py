@@ -36,7 +36,10 @@ class Follower:
     On leaving, also by an exception, it reads what is left and draws the final state.
     """
 
-    def __init__(self, run: Path, *, plain: bool | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self, run: Path, *, plain: bool | None = None, console: Console | None = None, endings: bool = True
+    ) -> None:
+        """endings: plain lines tell how the run ended, too; without, the caller does."""
         self.run = run
         self.console = console or Console()
         self.view = open_view(run)
@@ -44,7 +47,7 @@ class Follower:
         self._reader = Reader(run / "metrics.jsonl")
         self._drawn = float("-inf")
         self._notice = ""
-        self._plain = Plain(self._line) if (use_plain(self.console) if plain is None else plain) else None
+        self._plain = Plain(self._line, endings) if (use_plain(self.console) if plain is None else plain) else None
         self._dashboard = None if self._plain else Dashboard(self.console)
 
     def __enter__(self) -> Follower:
@@ -108,12 +111,18 @@ def follow(
     *,
     plain: bool | None = None,
     alive: Callable[[], bool],
+    status: Callable[[], str] = lambda: "",
     console: Console | None = None,
     stop_when_ended: bool = True,
+    endings: bool = True,
 ) -> RunView:
-    """Show a run while `alive()`, or until its records say that it ended; KeyboardInterrupt goes through."""
-    with Follower(run, plain=plain, console=console) as follower:
+    """Show a run while `alive()`, or until its records say that it ended; KeyboardInterrupt goes through.
+
+    status: what the run does before its first record.
+    """
+    with Follower(run, plain=plain, console=console, endings=endings) as follower:
         while alive():
+            follower.notice(status())
             view = follower.poll()
             if stop_when_ended and view.finished:
                 break

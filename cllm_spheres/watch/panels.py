@@ -86,7 +86,7 @@ def curves(view: RunView, width: int, height: int, notice: str) -> list[Line]:
     inner_width, inner_height = width - 4, height - 2
     raw, smooth, val = view.loss.points(), view.loss.smoothed(), view.val.points()
     if not (raw or val) or inner_height < 3 or inner_width < 20:
-        text = notice or ("waiting for the first step" if not (raw or val) else "")
+        text = "" if notice or raw or val else "waiting for the first step"
         blank: list[Line] = [[]] * max(0, (inner_height - 1) // 2)
         return box(title, [*blank, [seg(clean(text).center(inner_width), NOTE)]], width, height)
     x = (min(p[0][0] for p in (raw, val) if p), max(p[-1][0] for p in (raw, val) if p))
@@ -95,7 +95,7 @@ def curves(view: RunView, width: int, height: int, notice: str) -> list[Line]:
     # Most of the height for what is going on now: the first fall may leave through the top.
     tops = sorted(v for _, v in smooth)[: max(1, round(0.985 * len(smooth)))]
     known = [v for _, v in val[len(val) // 20 :]] + tops
-    bottoms = [v for _, v in val] + [sorted(v for _, v in raw)[len(raw) // 100]] * bool(raw)
+    bottoms = [v for _, v in val] + ([sorted(v for _, v in raw)[len(raw) // 100]] if raw else [])
     low, high = min(bottoms), max(known)
     for reference in references:
         if reference.value < high + 0.5 * (high - low):

@@ -44,8 +44,9 @@ def eval_line(record: Record) -> str:
 class Plain:
     """Give it each record after the view got it; `write` takes whole lines."""
 
-    def __init__(self, write: Callable[[str], object]) -> None:
+    def __init__(self, write: Callable[[str], object], endings: bool = True) -> None:
         self._write = write
+        self._endings = endings
         self._printed_time = float("-inf")
         self._printed_step = -1
         self._pending: Record | None = None  # the latest step that has no line yet
@@ -65,7 +66,7 @@ class Plain:
                 self.flush(view)
             self._first |= record.get("event") in ("start", "resume")
             message = clean(str(record.get("message") or record.get("event", "")))
-            if message:
+            if message and (self._endings or record.get("event") not in ("end", "failed")):
                 self._write(message)
 
     def flush(self, view: RunView) -> None:

@@ -10,9 +10,9 @@ import pytest
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training import folder
+from cllm_spheres.training import session
 from cllm_spheres.training.schedule import learning_rate
-from tests.runs import TINY, resume, train_whole
+from tests.runs import TINY, resume, text, train_whole
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_the_newest_and_the_best_checkpoints_are_kept(ended):
 
 
 def test_a_finished_run_says_so(ended, corpus):
-    _, finished = folder.plan_resume(ended.run, {}, None)
+    _, finished = session.resumed_run(ended.run, {}, data=None)
     assert "is finished: step 20 of 20. Go on with --steps 40" in finished
-    _, finished = folder.plan_resume(ended.run, {"steps": 30, "stop_at": 20}, corpus)
+    _, finished = session.resumed_run(ended.run, {"steps": 30, "stop_at": 20}, data=corpus)
     assert "has reached step 20, and --stop-at is 20" in finished
 
 
@@ -126,17 +126,29 @@ def test_a_resume_takes_the_newest_good_checkpoint_and_says_what_it_refused(corp
 )
 def test_a_resume_with_another_configuration_is_refused(ended, given, message):
     with pytest.raises(InputError, match=message):
-        folder.plan_resume(ended.run, given, None)
+        session.resumed_run(ended.run, given, data=None)
 
 
 def test_the_same_options_given_again_are_no_other_configuration(ended, corpus):
-    plan, _ = folder.plan_resume(ended.run, dict(TINY, steps=30, clip=1.0), corpus)
+    plan, _ = session.resumed_run(ended.run, dict(TINY, steps=30, clip=1.0), data=corpus)
     assert plan.config.steps == 30
 
 
 def test_a_resume_with_other_data_is_refused(ended, char_corpus):
     with pytest.raises(InputError, match="was begun with other data"):
-        folder.plan_resume(ended.run, {"steps": 30}, char_corpus)
+        session.resumed_run(ended.run, {"steps": 30}, data=char_corpus)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "word", "bpe"])
+def test_the_raw_text_that_a_run_was_begun_with_may_be_named_again(tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text(text(60))
+    options = dict(TINY, tokenizer=tokenizer, clip=0)
+    plan = session.new_run(tmp_path / "text.txt", options, run=tmp_path / "run", file=None)
+    again, finished = session.resumed_run(plan.run, options, data=tmp_path / "text.txt")
+    assert again.prepared.fingerprint == plan.prepared.fingerprint and finished is None
+    (tmp_path / "text.txt").write_text(text(61))
+    with pytest.raises(InputError):
+        session.resumed_run(plan.run, {}, data=tmp_path / "text.txt")
 
 
 def test_a_run_that_goes_on_is_locked(ended):
