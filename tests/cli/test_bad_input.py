@@ -1,0 +1,140 @@
+"""Bad input through the real console script: exit code 2, words instead of a traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.runs import command, text
+
+CASES = {
+    # words of the command line, what is said (of it all must appear)
+    "missing folder": ("train nowhere", ["nowhere", "No such file"]),
+    "empty folder": ("train empty", ["No text found in empty: no files"]),
+    "no text": ("train binary", ["No text found in binary", "1 binary"]),
+    "short text": ("train short.txt --tokenizer byte", ["--block-size 64 needs 65", "Give more text or a smaller"]),
+    "block": ("train {corpus} --block-size 100000", ["shorter than one block: --block-size 100000 needs 100,001"]),
+    "option": ("train {corpus} --stpes 3", ["No such option: --stpes", "--steps"]),
+    "command": ("trian", ["No such command 'trian'. Did you mean 'train'?"]),
+    "preset": ("train {corpus} --preset smal", ["There is no preset 'smal': did you mean 'small'?"]),
+    "choice": ("train {corpus} --optimizer adam", ["--optimizer cannot be 'adam': did you mean 'adamw'?"]),
+    "dtype": ("train {corpus} --dtype bf16", ["--dtype cannot be 'bf16'", "fp32"]),
+    "number": ("train {corpus} --lr fast", ["Invalid value for '--lr'"]),
+    "key": ("train {corpus} --config key.toml", ["There is no option 'lrate' in key.toml: did you mean", "lr"]),
+    "toml": ("train {corpus} --config broken.toml", ["broken.toml is not valid TOML"]),
+    "no toml": ("train {corpus} --config nowhere.toml", ["Cannot read nowhere.toml: No such file"]),
+    "no workers": ("train {corpus} --workers 0", ["--workers 0", "greater than or equal to 1"]),
+    "workers": ("train {corpus} --workers 157", ["--workers 157", "less than or equal to 156"]),
+    "no spheres": ("train {corpus} --spheres 0", ["--spheres 0", "greater than or equal to 1"]),
+    "spheres": ("train {corpus} --spheres 157", ["--spheres 157", "less than or equal to 156"]),
+    "workers above spheres": (
+        "train {corpus} --workers 5 --spheres 4",
+        ["5 workers are more than --spheres 4", "Try --spheres 5 or --workers 4"],
+    ),
+    "spheres above batch": (
+        "train {corpus} --spheres 5 --batch-size 4",
+        ["5 spheres are more than --batch-size 4", "Try --batch-size 5"],
+    ),
+    "heads": ("train {corpus} --heads 5", ["--heads 5 does not divide --width 128", "Try --heads 4"]),
+    "vocabulary": (
+        "train text.txt --tokenizer bpe --vocab-size 60000",
+        ["--vocab-size 60000 is more than the text gives", "or less, or more text"],
+    ),
+    "vocabulary of the data": ("train {corpus} --vocab-size 300", ["257, and 300 was given"]),
+    "tokenizer of the data": ("train {corpus} --tokenizer char", ["tokenizer byte, and char was given"]),
+    "memory": (
+        "train {corpus} --width 20000 --layers 40 --heads 4",
+        ["Not enough memory", "parameters with 12 spheres", "are available", "try a smaller --preset"],
+    ),
+    "existing run": ("train {corpus} --run {run}", ["exists already", "cllm-spheres train --resume --run {run}"]),
+    "existing folder": ("train {corpus} --run binary", ["binary exists already", "Or give another --run"]),
+    "existing file": ("train {corpus} --run text.txt/run", ["text.txt is not a folder", "Give another --run"]),
+    "no permission": ("train {corpus} --run locked/run", ["No permission to write in", "locked"]),
+    "resume of nothing": ("train --resume", ["--resume needs --run"]),
+    "resume of no run": ("train --resume --run nowhere", ["nowhere is not a run: it has no config.toml"]),
+    "another model": ("train --resume --run {run} --width 64", ["begun with --width 32, and 64 was given"]),
+    "other data": ("train other --resume --run {run} --steps 9", ["was begun with other data"]),
+    "damaged checkpoint": ("generate damaged-run", ["is damaged: model.safetensors", "--checkpoint"]),
+    "resume of damage": (
+        "train --resume --run damaged-run --steps 9",
+        ["None of the checkpoints in damaged-run/checkpoints can be used", "model.safetensors"],
+    ),
+    "damaged configuration": ("train --resume --run damaged-config", ["config.toml is damaged", "--layers"]),
+    "damaged data": ("train damaged", ["The prepared folder damaged is damaged: train.bin has", "instead of"]),
+    "generate nothing": ("generate nowhere", ["There is no run nowhere"]),
+    "generate no step": ("generate {run} --checkpoint 99", ["no checkpoint of step 99"]),
+    "generate with what cannot be": (
+        "generate {run} --temperature -1 --top-k 0 --top-p 2 --tokens 0",
+        ["--temperature -1.0", "--top-k 0", "--top-p 2.0", "--tokens 0"],
+    ),
+    "watch nothing": ("watch nowhere", ["nowhere does not exist"]),
+    "data of nothing": ("data nowhere", ["There is no prepared folder nowhere"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(corpus, trained, tmp_path_factory):
+    """A folder in which everything lies that the cases name."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("empty", "binary", "locked"):
+        (place / name).mkdir()
+    (place / "binary" / "x.bin").write_bytes(b"\0\1\2\3" * 50)
+    (place / "text.txt").write_text(text(40))
+    (place / "short.txt").write_text("short")
+    (place / "key.toml").write_text("lrate = 1\n")
+    (place / "broken.toml").write_text("lr = \n")
+    for name in ("other", "damaged"):
+        shutil.copytree(corpus, place / name)
+    shutil.rmtree(place / "other")
+    assert command("prepare", place / "text.txt", "--tokenizer", "byte", "--out", place / "other").returncode == 0
+    with (place / "damaged" / "train.bin").open("r+b") as file:
+        file.truncate(1000)
+    shutil.copytree(trained, place / "damaged-run", symlinks=True)
+    for path in (place / "damaged-run" / "checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    shutil.copytree(trained, place / "damaged-config", symlinks=True)
+    config = place / "damaged-config" / "config.toml"
+    config.write_text(config.read_text().replace("layers = 1", "layers = 0"))
+    # a folder that nobody may write to; root may write everywhere but to a file system that is mounted read-only
+    mounted = False
+    if os.getuid() == 0:
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", place / "locked"]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    else:
+        (place / "locked").chmod(0o555)
+    yield place
+    if mounted:
+        subprocess.run(["umount", place / "locked"], check=True)
+    (place / "locked").chmod(0o755)
+
+
+def contents(folder):
+    """Every file below a folder, with its bytes; a run's lock is no part of it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_ends_with_2_and_says_what_to_do_and_leaves_nothing(place, corpus, trained, name):
+    if name == "no permission" and os.access(place / "locked", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    line, expected = CASES[name]
+    names = {"corpus": corpus, "run": trained}
+    before = contents(place), contents(trained), contents(corpus)
+    result = command(*line.format(**names).split(), cwd=place, env=os.environ | {"COLUMNS": "200"})
+    assert result.returncode == 2, result
+    for words in expected:
+        assert words.format(**names) in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert (contents(place), contents(trained), contents(corpus)) == before
+    assert not (place / "runs").exists()
+
+
+def test_a_run_that_is_bad_input_only_for_node_zero_ends_with_2_too(trained, tmp_path):
+    from cllm_spheres.checkpoint.lock import lock
+
+    with lock(trained):
+        result = command("train", "--resume", "--run", trained, "--steps", 9, "--plain", cwd=tmp_path)
+    assert result.returncode == 2 and "A run is going on in" in result.stderr

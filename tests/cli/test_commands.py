@@ -1,0 +1,102 @@
+"""The commands as a newcomer types them, through the console script."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cllm_spheres.events import read
+from tests.runs import command, text
+
+# The words of the contract: scripts and people rely on them.
+TRAIN = (
+    "--preset --workers --spheres --steps --batch-size --block-size --layers --heads --width --ff-width --vocab-size"
+    " --tokenizer --bias --no-bias --optimizer --epochs --lr --min-lr --warmup --schedule --beta1 --beta2"
+    " --weight-decay --clip --dtype --dropout --seed --eval-every --eval-tokens --save-every --keep --stop-at"
+    " --on-nonfinite --run --resume --plain --config"
+)
+OPTIONS = {
+    "train": TRAIN,
+    "prepare": "--tokenizer --vocab-size --out --val-fraction",
+    "data": "",
+    "generate": "--prompt --tokens --temperature --top-k --top-p --seed --checkpoint",
+    "watch": "--plain --once --svg",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_names_every_option_of_the_contract_and_fits_80_columns(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = command(name, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    shown = set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
+    assert set(OPTIONS[name].split()) <= shown
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_command_and_nothing_is_an_error_that_shows_it(tmp_path):
+    result = command("--help", cwd=tmp_path)
+    assert result.returncode == 0 and all(name in result.stdout for name in OPTIONS)
+    assert all(name in command(cwd=tmp_path).stdout for name in OPTIONS)
+
+
+def test_the_smallest_run_learns_and_writes_and_is_resumed(tmp_path):
+    result = command("train", "--preset", "minimal", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    # its name stands at the start and at the end
+    lines = result.stdout.splitlines()
+    assert f"runs/{run.name}" in lines[0] and f"cllm-spheres generate runs/{run.name}" in lines[-1]
+    assert "2 workers, 2 spheres, batch 2 x 8 tokens" in lines[0]
+    losses = [record["loss"] for record in read(run / "metrics.jsonl") if record["kind"] == "step"]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    written = command("generate", "--prompt", "a", "--tokens", 5, cwd=tmp_path)  # the newest run in runs/
+    assert written.returncode == 0 and written.stdout.startswith("a") and written.stdout.endswith("\n")
+    again = command("train", "--resume", "--run", run, cwd=tmp_path)
+    assert again.returncode == 0 and "is finished: step" in again.stdout
+
+
+@pytest.mark.slow
+def test_prepare_data_train_generate_and_watch(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(25):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text(30, seed=i))
+    prepared = command("prepare", "texts", "--tokenizer", "bpe", "--vocab-size", 300, "--out", "out", cwd=tmp_path)
+    assert prepared.returncode == 0 and "Next: cllm-spheres train out" in prepared.stdout, prepared.stderr
+    shown = command("data", "out", cwd=tmp_path)
+    assert shown.returncode == 0 and "bpe, vocabulary 300" in shown.stdout
+
+    options = "--preset tiny --steps 200 --workers 2 --run run --eval-every 100 --seed 3 --warmup 5 --lr 3e-3"
+    trained = command("train", "out", *options.split(), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    records = read(tmp_path / "run" / "metrics.jsonl")
+    evaluations = [record["val_loss"] for record in records if record["kind"] == "eval"]
+    assert len(evaluations) == 3 and max(evaluations[1:]) < evaluations[0] - 0.5
+
+    words = ["generate", "run", "--prompt", "abc", "--tokens", 20, "--seed", 7]
+    first, same = (command(*words, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == 0 and first.stdout.startswith("abc") and first.stdout == same.stdout
+    assert command(*words[:-1], 8, cwd=tmp_path).stdout != first.stdout
+    greedy = command(*words, "--temperature", 0, cwd=tmp_path)
+    assert command(*words[:-2], "--top-k", 1, cwd=tmp_path).stdout == greedy.stdout
+    assert command(*words, "--checkpoint", "last", cwd=tmp_path).returncode == 0
+
+    watched = command("watch", "run", "--plain", "--once", cwd=tmp_path)
+    assert watched.returncode == 0
+    assert "200/200" in watched.stdout and f"val {evaluations[-1]:.4f}" in watched.stdout
+    assert command("watch", "run", "--svg", "picture.svg", cwd=tmp_path).returncode == 0
+    assert "<svg" in (tmp_path / "picture.svg").read_text()[:200]
+
+
+def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
+    (tmp_path / "options.toml").write_text('preset = "minimal"\nsteps = 3\nlr = 0.5\nclip = 0\n')
+    result = command("train", "--config", "options.toml", "--lr", "0.01", "--run", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert "\nsteps = 3\n" in config and "\nlr = 0.01\n" in config and "\nclip = 0\n" in config
+    steps = [record for record in read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "step"]
+    assert len(steps) == 3 and all(record["clipped_norm"] == record["grad_norm"] for record in steps)
+    again = command("train", "--resume", "--run", "run", "--clip", "0", "--steps", "4", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
