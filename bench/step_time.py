@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from cllm_spheres.config import PRESETS, build, preset_values
-from cllm_spheres.kernels.attention import attention_backward, attention_forward, scratch_floats
+from cllm_spheres.kernels.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.blas import description
 from cllm_spheres.kernels.cross_entropy import head_loss_backward
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward
+from cllm_spheres.kernels.sizes import attention_floats
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.gpt import compute_shard
@@ -52,7 +53,7 @@ def kernels(shape: Shape, sequences: int) -> dict[str, tuple[int, Callable[[], o
     )  # fmt: skip
     x, ff, qkv = floats(n, c), floats(n, f), floats(n, 3 * c)
     gain, bias, mean, rstd = floats(c), floats(c), np.empty(n, np.float32), np.empty(n, np.float32)
-    lse, scratch, zero = np.empty(n * h, np.float32), np.empty(scratch_floats(t), np.float32), np.uint64(0)
+    lse, scratch, zero = np.empty(n * h, np.float32), np.empty(attention_floats(t), np.float32), np.uint64(0)
     one = np.float32(1)
     rows = int(geometry(Layout(shape), largest_shard=sequences).array[G.HEAD_ROWS])
     wte, logits, ids = (

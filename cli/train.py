@@ -74,29 +74,24 @@ def train(
 
     Ctrl+C saves and leaves; --resume goes on from there.
     """
-    from cllm_spheres_cli.progress import interruptible, progress_of
-    from rich.console import Console
+    from cllm_spheres.training.launch import Launch
 
-    from cllm_spheres.api import attend
-    from cllm_spheres.errors import InputError
-    from cllm_spheres.training import session
+    with Launch() as launch:  # it warms up while the rest is imported and the text is prepared
+        from cllm_spheres_cli.progress import interruptible, progress_of
+        from rich.console import Console
 
-    console = Console()
-    given = {name: value for name, value in options.items() if value is not None}
-    if resume:
-        if run is None:
-            raise InputError("--resume needs --run: which run shall go on?")
-        if config is not None:
-            raise InputError("--resume takes its configuration from the run: leave --config out.")
-        with interruptible("Nothing was trained."), progress_of(console) as progress:
-            plan, finished = session.resumed_run(run, given, data=data, exact=exact, progress=progress)
+        from cllm_spheres.api import attend
+        from cllm_spheres.training import session
+
+        given = {name: value for name, value in options.items() if value is not None}
+        with interruptible("Nothing was trained."), progress_of(Console()) as progress:
+            plan, finished = session.make_plan(
+                data, given, run=run, resume=resume, exact=exact, file=config, progress=progress
+            )
         if finished:
             print(finished)
             return
-    else:
-        with interruptible("Nothing was trained."), progress_of(console) as progress:
-            plan = session.new_run(data, given, run=run, file=config, progress=progress)
-    code, message = attend(session.start(plan), plain=plain or None)
+        code, message = attend(launch.obey(plan), plain=plain or None)
     print(message, file=None if code == 0 else typer.get_text_stream("stderr"))
     if code == 0:
         print(f"Let it write: cllm-spheres generate {plan.run}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres.errors import Interrupted, RunFailed
+from cllm_spheres.errors import InputError, Interrupted, RunFailed
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.training import session
 from cllm_spheres.training.launch import Launch, signals_passed_on
@@ -40,6 +40,7 @@ def train(
     *,
     run: str | Path | None = None,
     resume: bool = False,
+    exact: bool = False,
     config: str | Path | None = None,
     quiet: bool = False,
     **options: Any,
@@ -47,27 +48,20 @@ def train(
     """Train as `cllm-spheres train` does, in processes of their own, and return the run when it has ended.
 
     data: a prepared folder, or a file or folder of text; None is the embedded corpus. options: the fields of
-    `cllm_spheres.config.Config`, such as preset, steps, workers. quiet: print no lines.
+    `cllm_spheres.config.Config`, such as preset, steps, workers. exact: refuse to resume where other library
+    versions or another CPU may change bits. quiet: print no lines.
 
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
-    from cllm_spheres.config import merge
-    from cllm_spheres.errors import InputError
-
-    source = None if data is None else Path(data)
-    if resume:
-        if run is None:
-            raise InputError("resume needs `run`: which run shall go on?")
-        merge(options)  # names unknown options
-        plan, finished = session.resumed_run(Path(run), options, data=source)
+    with Launch() as launch:
+        plan, finished = session.make_plan(
+            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config)
+        )  # fmt: skip
         if finished:
-            if not quiet:
-                print(finished)
-            return Run(Path(run))
-    else:
-        plan = session.new_run(source, options, run=Path(run) if run else None, file=Path(config) if config else None)
-    code, message = attend(session.start(plan), plain=True, quiet=quiet)
+            code, message = 0, finished
+        else:
+            code, message = attend(launch.obey(plan), plain=True, quiet=quiet)
     if code == 130:
         print(message, file=sys.stderr)
         raise KeyboardInterrupt(message)
@@ -80,6 +74,10 @@ def train(
     if not quiet:
         print(message)
     return Run(plan.run)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def attend(launch: Launch, *, plain: bool | None, quiet: bool = False) -> tuple[int, str]:

@@ -16,13 +16,7 @@ from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import dot, exp_of_difference, f4, floats, row_max, scale_row
 from cllm_spheres.kernels.blas import gemm
 from cllm_spheres.kernels.dropout import dropout
-
-QUERY_BLOCK = 64
-
-
-def scratch_floats(length: int) -> int:
-    """Floats of scratch that a sequence of `length` tokens needs: scores and their gradients of one block."""
-    return 2 * QUERY_BLOCK * length
+from cllm_spheres.kernels.sizes import QUERY_BLOCK
 
 
 @kernel

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.attention import scratch_floats
-from cllm_spheres.kernels.sizes import ALIGN
+from cllm_spheres.kernels.sizes import ALIGN, attention_floats
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
 
 # Scalars, then offsets into the parameters, then offsets into a layer's part of the arena, then into the shared
@@ -74,7 +73,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     values["layer_floats"] = one_layer
     values["arena_floats"] = place(
         dict(x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=head_rows * v, dx=n * c, dt=n * c, datt=n * c,
-             dqkv=n * 3 * c, dact=n * f, scratch=scratch_floats(s.block_size)), s.layers * one_layer,
+             dqkv=n * 3 * c, dact=n * f, scratch=attention_floats(s.block_size)), s.layers * one_layer,
     )  # fmt: skip
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
     array = np.array([values[name] for name in FIELDS] + offsets, np.int64)

@@ -36,6 +36,11 @@ class Plan:
     resume: bool = False
     exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What a resume may have changed of config.toml."""
+        return {"workers": self.config.workers, "steps": self.config.steps, "warmup": self.config.warmup}
+
 
 def new_name(preset: str | None) -> Path:
     """runs/NAME that does not exist yet: the preset and the time."""

@@ -15,19 +15,29 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.spheres.serving import clean_environment
-from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from cllm_spheres.training.folder import Plan
 
 
 class Launch:
-    """Node Zero at work on a plan. `alive` and `status` may be read at any time; `finish` waits for the outcome."""
+    """Node Zero's process: it warms up from the beginning, and works once it has a plan to obey.
 
-    def __init__(self, plan: Plan, changes: dict[str, Any] | None = None) -> None:
-        self.plan = plan
+        with Launch() as launch:
+            code, message = launch.obey(plan).finish()
+
+    On leaving without a plan it is ended. `alive` and `status` may be read at any time.
+    """
+
+    plan: Plan
+
+    def __init__(self) -> None:
         self.status = ""
+        self._obeys = False
         self._outcome: dict[str, Any] | None = None
         self._errors: deque[str] = deque(maxlen=40)
         # Blocked here, the signals are blocked in the child from its first instruction on.
@@ -39,17 +49,30 @@ class Launch:
             )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        order = {
-            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": changes or {},
-            "resume": plan.resume, "exact": plan.exact,
-            "stop_at": plan.stop_at, "launcher": os.getpid(),
-        }  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.process.stdin.flush()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._read_errors)]
         for thread in self._threads:
             thread.start()
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._obeys:
+            self.process.kill()
+            self.process.communicate()
+
+    def obey(self, plan: Plan) -> Launch:
+        """Have Node Zero train this plan."""
+        self.plan, self._obeys = plan, True
+        order = {
+            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": plan.changes, "resume": plan.resume,
+            "exact": plan.exact, "stop_at": plan.stop_at, "launcher": os.getpid(),
+        }  # fmt: skip
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has died: `finish` tells how
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+        return self
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -27,7 +27,7 @@ def say(**message: Any) -> None:
         pass  # the launcher is gone; the run's folder holds everything
 
 
-def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
+def run_training(server: Server) -> dict[str, Any]:
     """Train as ordered; the outcome: exit code and message."""
     from cllm_spheres.checkpoint.lock import lock
     from cllm_spheres.config import build
@@ -35,6 +35,10 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
     from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
     from cllm_spheres.training.trainer import Trainer
 
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return {"code": 0, "message": "There was nothing to do."}
+    order = json.loads(line)
     run = Path(order["run"])
     with lock(run):
         config, where = read_config(run)
@@ -49,7 +53,7 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
         at = checkpoint.step if checkpoint else 0
         for reason in refused:
             trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
-        if order["changes"] or order["data"]:
+        if order["resume"]:
             write_config(run, config, prepared, where["text"])
         if config.steps != steps_before:
             trainer.metrics.event(
@@ -84,10 +88,9 @@ def run_training(order: dict[str, Any], server: Server) -> dict[str, Any]:
 
 def main() -> None:
     """Obey the order on standard input."""
-    order = json.loads(sys.stdin.buffer.readline())
-    server = start_server()  # it warms up while this process still imports
+    server = start_server()  # it warms up while this process still imports, and waits for its order
     try:
-        outcome = run_training(order, server)
+        outcome = run_training(server)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
     except BaseException:

@@ -17,11 +17,37 @@ from cllm_spheres.text.embedded import minimal_text
 from cllm_spheres.text.folder import is_prepared
 from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
-from cllm_spheres.training.folder import MAY_CHANGE, Plan
+from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.launch import Launch
 from cllm_spheres.training.plan import check_shape, resolve
 
 Progress = Callable[[str, float, float], None]
+
+
+def make_plan(
+    data: Path | None,
+    options: dict[str, Any],
+    *,
+    run: Path | None = None,
+    resume: bool = False,
+    exact: bool = False,
+    file: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, str | None]:
+    """A new run, or one that goes on; the second value is a sentence where there is nothing left to do.
+
+    InputError where it cannot work; nothing is left behind then.
+    """
+    if not resume:
+        if exact:
+            raise InputError("--exact is for --resume: a new run has nothing to differ from.")
+        return new_run(data, options, run=run, file=file, progress=progress), None
+    if run is None:
+        raise InputError("--resume needs --run: which run shall go on?")
+    if file is not None:
+        raise InputError("--resume takes its configuration from the run: leave --config out.")
+    merge(options)  # names unknown options and values out of range
+    return resumed_run(run, options, data=data, exact=exact, progress=progress)
 
 
 def new_run(
@@ -99,7 +125,4 @@ def _raw(source: Path | None) -> str | None:
 
 def start(plan: Plan) -> Launch:
     """Node Zero, at work on a plan."""
-    changes = {}
-    if plan.resume:
-        changes = {key: getattr(plan.config, key) for key in MAY_CHANGE if key != "stop_at"}
-    return Launch(plan, changes)
+    return Launch().obey(plan)

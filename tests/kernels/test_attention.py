@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.kernels.attention import attention_backward, attention_forward, scratch_floats
+from cllm_spheres.kernels.attention import attention_backward, attention_forward
+from cllm_spheres.kernels.sizes import attention_floats
 from tests import naive
 from tests.check import FLOAT32, assert_close, assert_gradient
 from tests.kernels import masks
@@ -19,7 +20,7 @@ def attend(qkv, b, t, heads, buffer, threshold=0, first_sequence=FIRST_SEQUENCE)
     """out, lse and the arguments that forward and backward share."""
     out, lse = buffer(b * t, qkv.shape[1] // 3), buffer(b * heads * t)
     keep_scale = np.float32(1 / (1 - threshold / 2**32))
-    common = (np.uint64(KEY), first_sequence, threshold, keep_scale, buffer(scratch_floats(t)))
+    common = (np.uint64(KEY), first_sequence, threshold, keep_scale, buffer(attention_floats(t)))
     attention_forward(qkv, t, heads, *common, out, lse)
     return out, lse, common
 
