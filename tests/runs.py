@@ -119,7 +119,7 @@ class Outcome:
 
 def start(data: Path, run: Path, **options) -> Launch:
     """A new training under way: TINY with `options`."""
-    return session.start(session.new_run(data, TINY | options, run=run, file=None))
+    return Launch().obey(session.new_run(data, TINY | options, run=run, file=None))
 
 
 def train(data: Path, run: Path, **options) -> Outcome:
@@ -134,11 +134,11 @@ def train_whole(data: Path, run: Path, **options) -> Outcome:
     return outcome
 
 
-def resume(run: Path, **options) -> Outcome:
+def resume(run: Path, exact: bool = False, **options) -> Outcome:
     """The rest of a training."""
-    plan, done = session.resumed_run(run, options, data=None)
+    plan, done = session.resumed_run(run, options, data=None, exact=exact)
     assert not done, done
-    return finished(session.start(plan))
+    return finished(Launch().obey(plan))
 
 
 def finished(launch: Launch) -> Outcome:

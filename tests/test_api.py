@@ -96,7 +96,7 @@ def test_a_run_tells_its_metrics_and_is_resumed(run, tmp_path):
     assert cs.train(run=run.path, resume=True, quiet=True).path == run.path  # it is finished
     with pytest.raises(InputError, match="begun with --width 32"):
         cs.train(run=run.path, resume=True, width=64)
-    with pytest.raises(InputError, match="needs `run`"):
+    with pytest.raises(InputError, match="which run shall go on"):
         cs.train(resume=True)
 
 

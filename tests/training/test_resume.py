@@ -166,6 +166,9 @@ def test_other_numerics_are_said_and_the_run_goes_on(corpus, tmp_path):
     saved = store.load(2)
     state = saved.state | {"fingerprint": saved.state["fingerprint"] | {"numba": "0.1"}}
     store.save(2, saved.model, saved.optimizer, state, saved.config, saved.tokenizer_path)
+    refused = resume(run, exact=True)
+    assert refused.code == 2 and "numba 0.1 -> " in refused.message
+    assert Store(run).steps()[-1] == 2 and refused.of("step")[-1]["step"] == 2
     resumed = resume(run)
     assert resumed.code == 0
     (difference,) = resumed.event("fingerprint")["differences"]

@@ -100,7 +100,7 @@ def test_a_step_that_does_not_end_is_dropped_and_a_resume_repeats_it_exactly(und
     assert outcome.code == 143 and family.alive == []
     last = outcome.of("step")[-1]["step"]
     assert 3 <= last < 240 and Store(outcome.run).steps() == [last]
-    assert f"Stopped by signal 15. Saved step {last}." in outcome.message
+    assert f"Stopped by SIGTERM. Saved step {last}." in outcome.message
     resumed = resume(outcome.run)
     assert resumed.code == 0, resumed.message
     assert [r["step"] for r in resumed.of("step")] == list(range(1, 241))
@@ -125,6 +125,6 @@ def test_a_stop_while_starting_says_that_nothing_was_done(corpus, tmp_path):
     launch.pass_on(signal.SIGTERM)
     outcome = finished(launch)
     assert outcome.code == 143
-    assert "Stopped by signal 15" in outcome.message and "Traceback" not in outcome.message
+    assert "Stopped by SIGTERM" in outcome.message and "Traceback" not in outcome.message
     assert outcome.of("step") == [] or Store(outcome.run).steps()
     assert resume(tmp_path / "run", stop_at=3).code == 0
