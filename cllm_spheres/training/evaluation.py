@@ -41,6 +41,11 @@ class Windows:
         )
         pool.shutdown(wait=False)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the counting is done."""
+        return self._baselines.done()
+
     def evaluation(self, losses: np.ndarray) -> Evaluation:
         """losses: the summed loss of each window, float64, added in the order of the windows."""
         total = 0.0

@@ -8,6 +8,7 @@ RUN/checkpoints/    see cllm_spheres.checkpoint
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -147,7 +148,7 @@ def plan_resume(
     horizon = steps or config.steps
     assert horizon is not None
     finished = None
-    if reached >= horizon:
+    if reached >= horizon and _evaluated(run, reached):
         finished = f"{run} is finished: step {reached} of {horizon}. Go on with --steps {2 * reached}."
     elif stop_at is not None and stop_at <= reached:
         finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
@@ -156,8 +157,16 @@ def plan_resume(
         update["warmup"] = horizon // 10
     config = build(config.model_dump() | update)
     if not finished:
-        check_memory(config, prepared)
+        check_memory(config, prepared, resume=True)
     return Plan(run, config, prepared, stop_at, resume=True), finished
+
+
+def _evaluated(run: Path, step: int) -> bool:
+    """Whether the checkpoint of a step came after its evaluation: a signal may have come between them."""
+    try:
+        return json.loads((Store(run).path(step) / "state.json").read_text())["evaluated"] == step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -31,7 +31,7 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     check_shape(config)
     _check_text(config, prepared)
     values = config.model_dump()
-    values.update(_places(config, given))
+    values.update(places(config, given))
     batch_size = values["batch_size"]
     values["tokenizer"] = prepared.manifest["tokenizer"]
     values["vocab_size"] = prepared.vocab_size
@@ -86,7 +86,7 @@ def _check_text(config: Config, prepared: Prepared) -> None:
         )
 
 
-def _places(config: Config, given: set[str]) -> dict[str, int]:
+def places(config: Config, given: set[str]) -> dict[str, int]:
     """Workers, spheres and batch size, so that every core is busy and the bits depend on what was asked."""
     cores = len(usable_cores())
     batch_size, spheres, workers = config.batch_size, config.spheres, config.workers
@@ -153,15 +153,17 @@ def memory_bytes(job: Job) -> int:
     return Regions(job.sizes).total + job.workers * (arena + WORKER_BYTES)
 
 
-def check_memory(config: Config, prepared: Prepared) -> None:
-    """InputError that says what is needed, what is there and what would fit."""
+def check_memory(config: Config, prepared: Prepared, *, resume: bool = False) -> None:
+    """InputError that says what is needed, what is there and what would fit; a resume keeps its spheres."""
     job = make_job(config, prepared)
     needed, available = memory_bytes(job), available_memory()
     if needed <= available:
         return
     segment = Layout(job.shape).size * 4
     fitting = job.spheres - math.ceil((needed - available) / segment)
-    if fitting >= 1:
+    if resume:
+        hint = "Try fewer --workers, or end other programs."
+    elif fitting >= 1:
         hint = f"{fitting} spheres would fit: try --spheres {fitting} --workers {min(job.workers, fitting)}."
     else:
         hint = "No number of spheres would fit: try a smaller --preset, --width, --layers or --vocab-size."

@@ -19,7 +19,7 @@ from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
 from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.launch import Launch
-from cllm_spheres.training.plan import check_shape, resolve
+from cllm_spheres.training.plan import check_shape, places, resolve
 
 Progress = Callable[[str, float, float], None]
 
@@ -64,6 +64,7 @@ def new_run(
     if "data" in recorded:  # the config.toml of another run: the same again
         data = Path(recorded["data"])
     check_shape(config)
+    places(config, given)
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
     source = minimal_text() if data is None and config.preset == "minimal" else data

@@ -33,6 +33,7 @@ from cllm_spheres.training.signals import Wishes
 from cllm_spheres.units import duration
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
+UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
 
 
@@ -190,6 +191,10 @@ class Trainer:
                 self.metrics.write(record)
             if self.wishes.number:
                 self._stop()
+        while not self.windows.ready:  # counting a large training part takes longer than the first evaluation
+            self.node_zero.wait_for_bell()
+            if self.wishes.number:
+                self._stop()
         result = self.windows.evaluation(memory.doubles(memory.regions.window_losses, count))
         self.metrics.write({
             "kind": "eval", "step": self.step, **asdict(result), "time": time.time(),
@@ -242,7 +247,13 @@ class Trainer:
     def _drop_step(self, first: int) -> None:
         """Give up a step that does not end in time, before its update; a resume computes it again exactly."""
         if not self.node_zero.close_gate():
-            return  # an update is being applied, which is quick: it is whole before we look again
+            # An update is being applied, which is quick: it is whole before we look again, unless a worker is stopped.
+            if time.monotonic() - self.wishes.at > UPDATE_ENDS_WITHIN_S:
+                raise Interrupted(
+                    f"Stopped by {self.wishes.name} inside the update of step {self.step + 1}, which did not end: it is"
+                    " not saved, the last checkpoint is.", self.wishes.number,
+                )  # fmt: skip
+            return
         self.node_zero.kill()
         self.progress.step = self.metrics.steps(self.node_zero, first, self.step)
         self._stop()
