@@ -46,7 +46,7 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     if config.min_lr is None:
         values["min_lr"] = config.lr / 10
     if config.eval_every is None:
-        values["eval_every"] = max(1, min(LONGEST_EVAL_INTERVAL, steps // 8))
+        values["eval_every"] = min(LONGEST_EVAL_INTERVAL, -(-steps // 8))
     if config.save_every is None:
         values["save_every"] = values["eval_every"]
     if config.eval_tokens is None:
