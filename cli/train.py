@@ -84,7 +84,7 @@ def train(
         from cllm_spheres.training import session
 
         given = {name: value for name, value in options.items() if value is not None}
-        with interruptible("Nothing was trained."), progress_of(Console()) as progress:
+        with interruptible("Nothing was trained."), progress_of(Console(stderr=True)) as progress:
             plan, finished = session.make_plan(
                 data, given, run=run, resume=resume, exact=exact, file=config, progress=progress
             )

@@ -122,8 +122,8 @@ def follow(
     """
     with Follower(run, plain=plain, console=console, endings=endings) as follower:
         while alive():
-            follower.notice(status())
             view = follower.poll()
+            follower.notice(status())
             if stop_when_ended and view.finished:
                 break
             time.sleep(POLL_S)
