@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -51,3 +52,9 @@ def run() -> None:
     except SpheresError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        sys.stdout = None  # what it still holds cannot be written either
+        print(f"The output could not be written: {error.strerror}.", file=sys.stderr)
+        sys.exit(1)

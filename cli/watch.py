@@ -40,6 +40,8 @@ def watch(
             with Follower(run, plain=plain or None):
                 pass
         else:
-            follow(run, plain=plain or None, alive=lambda: True)
+            records = run / "metrics.jsonl"
+            waiting = f"waiting for {records}"
+            follow(run, plain=plain or None, alive=lambda: True, status=lambda: "" if records.exists() else waiting)
     except KeyboardInterrupt:
         pass

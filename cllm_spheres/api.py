@@ -92,7 +92,7 @@ def attend(launch: Launch, *, plain: bool | None, quiet: bool = False) -> tuple[
             try:
                 follow(
                     launch.plan.run, plain=plain, alive=lambda: launch.alive, status=lambda: launch.status,
-                    stop_when_ended=False, endings=False,
+                    since=launch.began, stop_when_ended=False, endings=False,
                 )  # fmt: skip
             except Exception as error:
                 print(f"The display failed ({type(error).__name__}: {error}); the training goes on.", file=sys.stderr)

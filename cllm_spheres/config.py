@@ -40,7 +40,7 @@ class Config(BaseModel):
         description="Logical workers; each owns a shard of every batch. The bits depend on this, not on "
         "--workers. Default: the preset's.",
     )
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; the horizon of the schedule.")
+    steps: int | None = Field(None, ge=1, le=10**9, description="Optimizer steps; the horizon of the schedule.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training text, instead of --steps.")
     batch_size: int | None = Field(None, ge=1, description="Sequences in a batch.")
     block_size: int = Field(64, ge=1, description="Tokens in a sequence: the context length.")

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.events import read
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import check_memory
+from cllm_spheres.training.plan import check_memory, shape_of
 
+MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
 
 
@@ -107,6 +109,10 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
     values = read_toml(run / "config.toml")
     data = {key: values.pop(key, None) for key in DATA_KEYS}
+    missing = [key for key in ("vocab_size", "steps", "spheres", "batch_size", "seed") if key not in values]
+    missing += [key for key in ("data", "data_fingerprint") if not data[key]]
+    if missing:
+        raise InputError(f"{run / 'config.toml'} is damaged: {', '.join(missing)} missing.")
     try:
         return build(values), data
     except InputError as error:
@@ -169,8 +175,24 @@ def _evaluated(run: Path, step: int) -> bool:
         return False
 
 
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint and why newer ones were refused; None for a run that has saved none yet."""
+def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint and why newer ones were refused; None for a run that has saved none yet.
+
+    InputError where checkpoints have vanished, or where config.toml is not what they were made with.
+    """
     store = Store(run)
     store.tidy()
-    return store.newest_good() if store.steps() else (None, [])
+    if not store.steps():
+        saved = [r["step"] for r in read(run / "metrics.jsonl") if r.get("event") in ("saved", "best")]
+        if saved:
+            raise InputError(f"{store.folder} is empty, though step {saved[-1]} was saved. Begin a new run.")
+        return None, []
+    checkpoint, refused = store.newest_good()
+    made = {"layout": asdict(shape_of(config)), **{key: getattr(config, key) for key in MADE_WITH}}
+    for key, value in made.items():
+        if checkpoint.state.get(key) != value:
+            raise InputError(
+                f"{run / 'config.toml'} says {key} {value}, but {checkpoint.path} was made with"
+                f" {checkpoint.state.get(key)}. Set it back, or begin a new run."
+            )
+    return checkpoint, refused

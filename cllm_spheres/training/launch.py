@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class Launch:
     """
 
     plan: Plan
+    began: float  # Unix time of the order
 
     def __init__(self) -> None:
         self.status = ""
@@ -63,7 +65,7 @@ class Launch:
 
     def obey(self, plan: Plan) -> Launch:
         """Have Node Zero train this plan."""
-        self.plan, self._obeys = plan, True
+        self.plan, self._obeys, self.began = plan, True, time.time()
         order = {
             "run": str(plan.run), "data": str(plan.prepared.folder), "changes": plan.changes, "resume": plan.resume,
             "exact": plan.exact, "stop_at": plan.stop_at, "launcher": os.getpid(),
@@ -113,8 +115,10 @@ class Launch:
             )
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         said = "".join(self._errors).strip()
+        saved = any(self.plan.run.glob("checkpoints/step-*"))
         return 1, (
-            f"Node Zero (pid {self.process.pid}) {how}. Go on from the last checkpoint:"
+            f"Node Zero (pid {self.process.pid}) {how}."
+            f" {'Go on from the last checkpoint' if saved else 'No checkpoint had been saved; begin again'}:"
             f" cllm-spheres train --resume --run {self.plan.run}" + (f"\nIt said:\n{said}" if said else "")
         )
 

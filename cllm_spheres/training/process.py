@@ -45,7 +45,7 @@ def run_training(server: Server) -> dict[str, Any]:
         prepared = Prepared.open(order["data"] or where["data"])
         steps_before = config.steps
         config = build(config.model_dump() | order["changes"])
-        checkpoint, refused = newest_checkpoint(run) if order["resume"] else (None, [])
+        checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
         trainer = Trainer(
             run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"],
             status=lambda text: say(status=text), server=server,

@@ -176,7 +176,8 @@ class Trainer:
         better = False
         if self.progress.evaluated != self.step and (self.step % self.eval_every == 0 or ends):
             better = self._evaluate()
-        if self.step and (better or ends or self.step % self.save_every == 0):
+        due = self.progress.saved != self.step and (ends or self.step % self.save_every == 0)
+        if self.step and (better or due):
             self.keeper.save(self.progress, better)
 
     def _evaluate(self) -> bool:

@@ -15,6 +15,7 @@ from cllm_spheres.watch.dashboard import REFRESH_S, Dashboard, open_view
 from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.plain import Plain
 from cllm_spheres.watch.reader import Reader
+from cllm_spheres.watch.records import number
 from cllm_spheres.watch.view import RunView
 
 POLL_S = 0.1
@@ -37,9 +38,14 @@ class Follower:
     """
 
     def __init__(
-        self, run: Path, *, plain: bool | None = None, console: Console | None = None, endings: bool = True
-    ) -> None:
-        """endings: plain lines tell how the run ended, too; without, the caller does."""
+        self, run: Path, *, plain: bool | None = None, console: Console | None = None, endings: bool = True,
+        since: float = 0.0,
+    ) -> None:  # fmt: skip
+        """endings: plain lines tell how the run ended, too; without, the caller does.
+
+        since: plain lines only of what happened from this Unix time on.
+        """
+        self._since = since
         self.run = run
         self.console = console or Console()
         self.view = open_view(run)
@@ -95,7 +101,7 @@ class Follower:
             self._configured = True
         for record in records:
             self.view.add(record)
-            if self._plain:
+            if self._plain and (number(record, "time") or 0.0) >= self._since:
                 self._plain.add(record, self.view)
         if self._notice and any(record.get("kind") == "step" for record in records):
             self.notice("")
@@ -115,12 +121,13 @@ def follow(
     console: Console | None = None,
     stop_when_ended: bool = True,
     endings: bool = True,
+    since: float = 0.0,
 ) -> RunView:
     """Show a run while `alive()`, or until its records say that it ended; KeyboardInterrupt goes through.
 
     status: what the run does before its first record.
     """
-    with Follower(run, plain=plain, console=console, endings=endings) as follower:
+    with Follower(run, plain=plain, console=console, endings=endings, since=since) as follower:
         while alive():
             view = follower.poll()
             follower.notice(status())
