@@ -105,7 +105,7 @@ def whole_s(shape: Shape, sequences: int, repeats: int) -> float:
     progress = np.zeros(1, np.int64)
     return median_s(
         lambda: compute_shard.call(
-            card.array.ctypes.data, params.ctypes.data, segment.ctypes.data, arena.ctypes.data, ids[0].ctypes.data,
+            card.array.ctypes.data, params.ctypes.data, 0, segment.ctypes.data, arena.ctypes.data, ids[0].ctypes.data,
             ids[1].ctypes.data, sequences, shape.block_size, 1.0 / ids[0].size, 0, 0, progress.ctypes.data,
         ),
         repeats,

@@ -3,7 +3,7 @@
 metrics.jsonl is the only thing that the dashboard, `watch` and scripts read. One JSON object a line:
 
     kind "step"     step, loss, lr, grad_norm, clipped_norm, tokens, total_tokens, time, seconds, tokens_per_s,
-                    compute_s, waiting_s, gather_s, update_s, other_s
+                    compute_s, waiting_s, gather_s, update_s, other_s; pack_s where weights are packed
     kind "eval"     step, val_loss, perplexity, bits_per_byte (null for `word`), unigram_loss, bigram_loss,
                     tokens, time, seconds
     kind "spheres"  step, time, worker, throughput, waiting, state, memory: lists indexed by sphere;

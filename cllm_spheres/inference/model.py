@@ -63,7 +63,7 @@ class Model:
         count, length = inputs_BT.shape
         segment_P = np.zeros(self._layout.size, np.float32)
         loss = compute_shard.call(
-            self._geometry.array.ctypes.data, self._params_P.ctypes.data, segment_P.ctypes.data,
+            self._geometry.array.ctypes.data, self._params_P.ctypes.data, 0, segment_P.ctypes.data,
             self._arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length,
             1.0 / (count * length), 0, 0, self._progress.ctypes.data,
         )  # fmt: skip

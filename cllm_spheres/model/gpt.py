@@ -224,14 +224,15 @@ def _geometry(address):
     return integers(address, G.LAYER_OFFSETS + layers * _PER_LAYER)
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
+@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
 def compute_shard(
-    geometry, params, segment, arena, inputs, targets, count, length, scale, key, first_sequence, progress
+    geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, progress
 ):
     """The gradient of `count` sequences of `length` tokens, overwriting the segment; returns their summed loss.
 
-    All but scale and the counts are addresses: geometry int64, params/segment/arena float32, inputs/targets int32
-    [count, length], progress int64[1], raised at each layer. scale: what a token's loss counts in the gradient
+    All but scale and the counts are addresses: geometry int64, params/segment/arena float32, packed what
+    `pack_unit` made of the weights (float32 kernels do not read it), inputs/targets int32 [count, length],
+    progress int64[1], raised at each layer. scale: what a token's loss counts in the gradient
     (1 / tokens of the whole batch). key: dropout key of the step, 0 for none; first_sequence: the number of the
     first sequence in the whole batch.
     """
@@ -257,8 +258,8 @@ def compute_shard(
     return loss
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8))
-def evaluate_window(geometry, params, arena, inputs, targets, length, progress):
+@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8))
+def evaluate_window(geometry, params, packed, arena, inputs, targets, length, progress):
     """The summed loss of one window of `length` tokens, without dropout. Addresses as in compute_shard."""
     state = flush_subnormals()
     g = _geometry(geometry)

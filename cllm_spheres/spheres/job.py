@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cllm_spheres.model import packing
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.memory import Sizes
 
@@ -33,16 +34,21 @@ class Job:
     clip: float = 1.0  # 0 is off
     dropout: float = 0.0
     skip_nonfinite: bool = False
+    dtype: str = "fp32"  # of the kernels' arithmetic
     cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
 
     @property
     def sizes(self) -> Sizes:
+        layout = Layout(self.shape)
+        packed_bytes, pack_units = packing.packed_sizes(layout, self.dtype)
         return Sizes(
-            num_parameters=Layout(self.shape).size,
+            num_parameters=layout.size,
             num_spheres=self.spheres,
             num_workers=self.workers,
             num_windows=self.num_windows,
             has_squares=self.optimizer == "adamw",
+            packed_bytes=packed_bytes,
+            pack_units=pack_units,
         )
 
     @property

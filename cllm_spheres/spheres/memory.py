@@ -50,12 +50,12 @@ HALT_STOP, HALT_NONFINITE = 1, 2
 # Words of a worker, two lines each.
 (
     W_ARRIVED, W_STATE, W_COMPUTE_NS, W_WAIT_NS, W_GATHER_NS, W_UPDATE_NS, W_CLOCK, W_CLOCK_2,
-    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS,
-) = range(13)  # fmt: skip
+    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS, W_PACK_NS,
+) = range(14)  # fmt: skip
 WORKER_WORDS = 16
 # States of a worker.
-STATES = ("starting", "idle", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
-S_STARTING, S_IDLE, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(8)
+STATES = ("starting", "idle", "packing", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
+S_STARTING, S_IDLE, S_PACKING, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(9)
 
 # Words of a sphere, one line each.
 P_COMPLETE, P_LOSS, P_BUSY_NS, P_TOKENS = range(4)
@@ -64,8 +64,8 @@ SPHERE_WORDS = 8
 # Words of a step's record in the ring.
 (
     R_STEP, R_LOSS, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS, R_END_NS,
-    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM,
-) = range(14)  # fmt: skip
+    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM,
+) = range(15)  # fmt: skip
 RECORD_WORDS = 16
 RING = 4096  # steps that a command has at most
 ERROR_BYTES = 1024  # what a worker can say of an exception
@@ -80,6 +80,8 @@ class Sizes:
     num_workers: int
     num_windows: int  # of an evaluation
     has_squares: bool  # adamw keeps second moments, sgd does not
+    packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
+    pack_units: int = 0  # units of work that fill them
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -116,6 +118,7 @@ class Regions:
         self.moments = place(flat, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
         self.gradient = place(flat, PAGE)
+        self.packed = place(sizes.packed_bytes, PAGE)
         self.segments = place(flat * sizes.num_spheres, PAGE)
         self.stride = flat
         self.total = place(0, PAGE)

@@ -17,7 +17,7 @@ from cllm_spheres.model.geometry import geometry, new_arena
 from cllm_spheres.model.gpt import compute_shard
 from cllm_spheres.model.initialise import initial_tables
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.spheres import engine
+from cllm_spheres.spheres import context, engine
 from cllm_spheres.spheres.job import OPTIMIZERS, Job
 from cllm_spheres.spheres.memory import SPHERE_WORDS, WORKER_WORDS, SharedMemory
 from cllm_spheres.spheres.topology import hosted, span
@@ -55,11 +55,12 @@ class Worker:
             window_losses=base + regions.window_losses, norms=base + regions.norms,
             slot=base + regions.slots + worker * SLOT_FLOATS * 4, params=base + regions.params,
             moments=base + regions.moments, squares=base + regions.squares, gradient=base + regions.gradient,
-            segments=base + regions.segments, geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
+            segments=base + regions.segments, packed=base + regions.packed, pack_units=memory.sizes.pack_units,
+            geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
         )  # fmt: skip
-        self.context = np.array([values_by_name[name] for name in engine.FIELDS], np.int64)
+        self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
         self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, constants, memory)
 
     def run(self) -> None:
@@ -76,6 +77,9 @@ def allocate_own_ranges(job: Job, memory: SharedMemory, worker: int) -> None:
     start, size = first * 4 * 4096, (last - first) * 4 * 4096
     for region in (regions.params, regions.moments, regions.gradient):
         memory.allocate(region + start, size)
+    # Units of packing need not be equally large: an even share of their bytes, rounded out to pages.
+    first, last = span(worker, job.workers, memory.sizes.packed_bytes)
+    memory.allocate(regions.packed + first, last - first)
     if memory.sizes.has_squares:
         memory.allocate(regions.squares + start, size)
 
@@ -109,10 +113,11 @@ def warm(scratch: Path) -> None:
     )  # fmt: skip
     memory = SharedMemory(job.sizes)
     tiny = Worker(job, memory, 0)
-    x = dict(zip(engine.FIELDS, tiny.context.tolist(), strict=True))
+    x = dict(zip(context.FIELDS, tiny.context.tolist(), strict=True))
     compute_shard.call(
         x["geometry"],
         x["params"],
+        x["packed"],
         x["segments"],
         x["arena"],
         x["inputs"],

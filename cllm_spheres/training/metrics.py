@@ -57,17 +57,18 @@ class Metrics:
         words, doubles = node_zero.memory.ring_words(), node_zero.memory.ring_doubles()
         tokens = node_zero.job.batch_size * node_zero.job.shape.block_size
         per_worker = 1e-9 / node_zero.job.workers
+        packs = node_zero.memory.sizes.pack_units > 0
         lines = []
         for step in range(after + 1, done + 1):
             w, d = words[step - first].tolist(), doubles[step - first].tolist()
             seconds = (w[M.R_END_NS] - self._previous_end_ns) * 1e-9
             before = (w[M.R_START_NS] - self._previous_end_ns) * 1e-9
             self._previous_end_ns = w[M.R_END_NS]
-            compute, gather, update = (
-                w[word] * per_worker for word in (M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM)
+            pack, compute, gather, update = (
+                w[word] * per_worker for word in (M.R_PACK_SUM, M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM)
             )
             # Means over the workers; the rest is waiting. Some may begin before the step's start, which worker 0 sets.
-            rest = max(0.0, seconds - (compute + gather + update))
+            rest = max(0.0, seconds - (pack + compute + gather + update))
             other = min(max(0.0, before), rest)
             self.total_tokens += tokens
             lines.append({
@@ -75,7 +76,7 @@ class Metrics:
                 "clipped_norm": d[M.R_CLIPPED], "tokens": tokens, "total_tokens": self.total_tokens,
                 "time": w[M.R_REAL_NS] * 1e-9, "seconds": seconds, "tokens_per_s": tokens / seconds,
                 "compute_s": compute, "waiting_s": rest - other, "gather_s": gather, "update_s": update,
-                "other_s": other,
+                "other_s": other, **({"pack_s": pack} if packs else {}),
             })  # fmt: skip
             if w[M.R_SKIPPED]:
                 self.skipped += 1
@@ -125,7 +126,7 @@ class SphereSampler:
         job, after, before = self._node_zero.job, self._node_zero.statistics(), self._before
         cpu_s = self._cpu_seconds()
         spent = after["workers"] - before["workers"]
-        busy = spent[:, [M.W_COMPUTE_NS, M.W_GATHER_NS, M.W_UPDATE_NS]].sum(axis=1)
+        busy = spent[:, [M.W_PACK_NS, M.W_COMPUTE_NS, M.W_GATHER_NS, M.W_UPDATE_NS]].sum(axis=1)
         waited = spent[:, M.W_WAIT_NS]
         share = np.where(busy + waited > 0, waited / np.maximum(busy + waited, 1), 0.0)
         own = {worker: self._memory(process) for worker, process in self._processes.items()}

@@ -140,7 +140,7 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         item_bytes=prepared.train.dtype.itemsize, train_tokens=len(prepared.train), val_tokens=len(prepared.val),
         num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
         weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
-        skip_nonfinite=config.on_nonfinite == "skip",
+        skip_nonfinite=config.on_nonfinite == "skip", dtype=config.dtype,
         cores=cores[: config.workers] if config.workers <= len(cores) else [],
     )  # fmt: skip
 

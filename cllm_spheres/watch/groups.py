@@ -39,6 +39,7 @@ GAP = 2
 
 # By the first letters of a state: its short word, its style.
 _STATES = (
+    ("pack", "pack", NOTE),
     ("comput", "compute", GOOD),
     ("wait", "waiting", WARM),
     ("gather", "gather", ACCENT),

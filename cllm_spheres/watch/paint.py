@@ -24,6 +24,7 @@ NOTE = Style.parse("#f2cc60")
 VIOLET = Style.parse("#d2a8ff")
 
 PHASE_STYLES = {
+    "pack": NOTE,
     "compute": GOOD,
     "waiting": WARM,
     "gather": ACCENT,

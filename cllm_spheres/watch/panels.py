@@ -31,7 +31,7 @@ from cllm_spheres.watch.records import number
 from cllm_spheres.watch.view import PHASES, RunView
 
 # Without colours the phases of the bar are told apart by their characters.
-_PHASE_MARKS = {"compute": "█", "waiting": "░", "gather": "▓", "update": "▒", "other": "·"}
+_PHASE_MARKS = {"pack": "▚", "compute": "█", "waiting": "░", "gather": "▓", "update": "▒", "other": "·"}
 
 
 def _count(view: RunView, key: str, word: str) -> str:
@@ -127,6 +127,8 @@ def phases(view: RunView, width: int, colour: bool) -> list[Line]:
         bar = [seg("·" * room, FRAME)]
     legend: Line = [seg(" ")]
     for name in PHASES:
+        if name == "pack" and name not in shares:
+            continue
         mark = "■" if colour else _PHASE_MARKS[name]
         value = f"{100 * shares[name]:.0f} %" if name in shares else "–"
         word = name if width >= 72 else name[:4]

@@ -15,7 +15,7 @@ from cllm_spheres.events import Record
 from cllm_spheres.watch.records import Spheres, number, step_of
 from cllm_spheres.watch.series import Series
 
-PHASES = ("compute", "waiting", "gather", "update", "other")
+PHASES = ("pack", "compute", "waiting", "gather", "update", "other")  # not every run packs
 _PHASE_KEYS = tuple(f"{name}_s" for name in PHASES)
 WINDOW_S = 10.0  # what "now" means for tokens/s and phases
 NUM_MESSAGES = 50
@@ -246,11 +246,16 @@ class RunView:
         return self._phase in ("ended", "failed")
 
     def shares(self) -> dict[str, float]:
-        """Share of time by phase over the last WINDOW_S seconds; of the whole run once it has ended."""
+        """Share of time by phase over the last WINDOW_S seconds; of the whole run once it has ended. "pack" only
+        where there is any.
+        """
         slices = [self._total] if self.finished else list(self._slices)
         sums = [sum(s.phases[i] for s in slices) for i in range(len(PHASES))]
         total = sum(sums)
-        return {name: value / total for name, value in zip(PHASES, sums, strict=True)} if total > 0 else {}
+        shares = {name: value / total for name, value in zip(PHASES, sums, strict=True)} if total > 0 else {}
+        if not shares.get("pack"):
+            shares.pop("pack", None)
+        return shares
 
     def eta_s(self, now: float) -> float | None:
         """Seconds to the end: remaining steps by the mean of the recent and the whole time a step took."""

@@ -47,7 +47,7 @@ class Whole:
         for view in self.layout.views(segment_P).values():
             view[...] = np.nan
         loss = compute_shard.call(
-            self.card.array.ctypes.data, self.params_P.ctypes.data, segment_P.ctypes.data, self.arena.ctypes.data,
+            self.card.array.ctypes.data, self.params_P.ctypes.data, 0, segment_P.ctypes.data, self.arena.ctypes.data,
             inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, key, first_sequence,
             PROGRESS.ctypes.data,
         )  # fmt: skip
@@ -55,7 +55,7 @@ class Whole:
 
     def window(self, inputs_T, targets_T):
         return evaluate_window.call(
-            self.card.array.ctypes.data, self.params_P.ctypes.data, self.arena.ctypes.data, inputs_T.ctypes.data,
+            self.card.array.ctypes.data, self.params_P.ctypes.data, 0, self.arena.ctypes.data, inputs_T.ctypes.data,
             targets_T.ctypes.data, len(inputs_T), PROGRESS.ctypes.data,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ sizes = st.builds(
     num_workers=st.integers(1, 156),
     num_windows=st.integers(0, 300),
     has_squares=st.booleans(),
+    packed_bytes=st.integers(0, 10 * PAGE),
 )
 
 
@@ -34,7 +35,8 @@ def extents(regions):
         spheres=8 * s.num_spheres * M.SPHERE_WORDS, ring=8 * M.RING * M.RECORD_WORDS, rates=8 * M.RING,
         window_starts=windows, window_lengths=windows, window_losses=windows, norms=8 * s.num_parameters // BLOCK,
         errors=s.num_workers * ERROR_BYTES, slots=4 * s.num_workers * SLOT_FLOATS, params=flat, moments=flat,
-        squares=flat if s.has_squares else 0, gradient=flat, segments=flat * s.num_spheres,
+        squares=flat if s.has_squares else 0, gradient=flat, packed=s.packed_bytes,
+        segments=flat * s.num_spheres,
     )  # fmt: skip
     return {name: (getattr(regions, name), getattr(regions, name) + count) for name, count in counts.items()}
 
@@ -53,7 +55,7 @@ def test_regions_do_not_overlap_and_lie_inside_the_file(sizes):
 def test_every_region_begins_at_a_cache_line_and_the_big_ones_at_a_page(sizes):
     regions = Regions(sizes)
     assert all(start % LINE == 0 for start, _ in extents(regions).values())
-    for name in ("slots", "params", "moments", "squares", "gradient", "segments"):
+    for name in ("slots", "params", "moments", "squares", "gradient", "packed", "segments"):
         assert getattr(regions, name) % PAGE == 0, name
     # whole pages belong to one sphere or one span alone, so that their owner can take them
     assert regions.stride % PAGE == 0 and 4 * BLOCK % PAGE == 0

@@ -18,7 +18,7 @@ from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECIS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model.geometry import geometry
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.spheres import engine
+from cllm_spheres.spheres import context, engine
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
@@ -139,7 +139,7 @@ def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
     spheres.memory.doubles(spheres.regions.norms, layout.num_blocks)[:] = np.nan
     for x in spheres.contexts:
         arena_floats = geometry(layout, largest_shard=spheres.job.largest_shard).arena_floats
-        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[engine.ARENA])))
+        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[context.ARENA])))
         arena[:] = np.nan
     spheres.compute()
     spheres.gather()
@@ -262,27 +262,27 @@ def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, op
     spheres = Spheres(tokens, optimizer=optimizer)
     before, undisturbed = ready(spheres)
     x = spheres.contexts[0]
-    num_blocks = int(x[engine.NUM_BLOCKS])
+    num_blocks = int(x[context.NUM_BLOCKS])
     assert num_blocks >= 5
     for stop in range(num_blocks):
         for copied in (None, 0, 1000, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK):
             put_back(spheres, before)
-            x[engine.LAST_BLOCK] = stop
+            x[context.LAST_BLOCK] = stop
             engine._update(x, STEP)
             if copied is not None:
                 interrupt_in_copy(spheres, x, stop, copied)
-            x[engine.LAST_BLOCK] = num_blocks
+            x[context.LAST_BLOCK] = num_blocks
             engine._update(x, STEP)
             assert spheres.weights() == undisturbed, (stop, copied)
 
 
 def interrupt_in_copy(spheres, x, block, copied):
     """As if a worker had died with `copied` floats of a published block in place."""
-    tag = STEP * (int(x[engine.NUM_BLOCKS]) + 1) + block + 1
+    tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
     saved = spheres.weights()
-    x[engine.LAST_BLOCK] = block + 1
+    x[context.LAST_BLOCK] = block + 1
     engine._update(x, STEP)  # leaves the new block in the slot
-    x[engine.LAST_BLOCK] = int(x[engine.NUM_BLOCKS])
+    x[context.LAST_BLOCK] = int(x[context.NUM_BLOCKS])
     slot = spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS).copy()
     put_back(spheres, saved)
     spheres.memory.worker_words()[0, [M.W_SLOT, M.W_BLOCKS]] = tag, tag - 1 if block else 0
@@ -300,7 +300,7 @@ def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, 
     before, undisturbed = ready(spheres)
     x = spheres.contexts[0]
     words = spheres.memory.worker_words()[0]
-    num_blocks = int(x[engine.NUM_BLOCKS])
+    num_blocks = int(x[context.NUM_BLOCKS])
     first_tag = STEP * (num_blocks + 1)
     dice = random.Random(7)
     in_the_middle = 0
@@ -336,7 +336,7 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
     x = spheres.contexts[0]
     words = spheres.memory.worker_words()[0]
     libc = ctypes.CDLL(None)
-    for block in (0, 2, int(x[engine.NUM_BLOCKS]) - 1):
+    for block in (0, 2, int(x[context.NUM_BLOCKS]) - 1):
         put_back(spheres, before)
         child = os.fork()
         if child == 0:
@@ -347,7 +347,7 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
             engine._update(x, STEP)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
-        tag = STEP * (int(x[engine.NUM_BLOCKS]) + 1) + block + 1
+        tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
         assert words[M.W_SLOT] == tag > words[M.W_BLOCKS]  # published, and not done
         assert spheres.weights() != undisturbed
         engine._update(x, STEP)

@@ -89,6 +89,14 @@ def test_without_colours_the_phases_are_told_apart_by_their_characters():
     assert {"█", "░", "▓", "▒"} <= set(bar)
 
 
+def test_packing_is_named_only_where_it_takes_time():
+    packing = RunView()
+    for record in fake.records(2, until=50):
+        packing.add(record | {"pack_s": record["seconds"] / 2} if record["kind"] == "step" else record)
+    for view, named in ((packing, True), (view_of(2), False)):
+        assert any("■ pack" in line for line in text_of(view, 80, 24)) is named
+
+
 def test_a_word_run_has_no_bits_per_byte_and_still_draws():
     view = RunView()
     for record in fake.records(2, until=100, eval_every=50, bpb=False):

@@ -112,6 +112,13 @@ def test_shares_of_the_phases_sum_to_one_and_rates_are_those_of_the_records():
     assert view.eta_s(0.0) == pytest.approx(1500 * 0.08, rel=0.05)
 
 
+def test_packing_is_a_phase_where_the_records_have_it():
+    assert "pack" not in view_of(fake.records(2, until=50)).shares()
+    packing = [r | {"pack_s": r["seconds"]} if r["kind"] == "step" else r for r in fake.records(2, until=50)]
+    shares = view_of(packing).shares()
+    assert shares["pack"] == pytest.approx(0.5) and sum(shares.values()) == pytest.approx(1.0)
+
+
 def test_left_out_steps_change_no_rate():
     records = list(fake.records(63, until=900))
     thin = [r for r in records if r["kind"] != "step" or r["step"] % 7 == 1 or r["step"] == 900]

@@ -1,0 +1,102 @@
+"""What a worker knows, as one array of int64, and how it waits for the others.
+
+x is that array: numbers, then addresses, in the order of FIELDS. A barrier is a counter and a futex word: whoever
+arrives last releases the others, and may do before what has to be done once.
+"""
+
+from __future__ import annotations
+
+from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.atomics import add, clock_ns, load, pause, store, wait_while, wake_all
+
+# What a worker knows, int64: numbers, then addresses.
+FIELDS = (
+    "worker", "num_workers", "num_spheres", "first_block", "last_block", "num_blocks", "decaying_blocks", "spin",
+    "batch_size", "block_size", "seed", "optimizer", "skip_nonfinite", "has_dropout", "stride", "item_bytes",
+    "train_tokens", "val_tokens", "num_tensors", "pack_units",
+    "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
+    "window_losses", "norms", "slot", "params", "moments", "squares", "gradient", "packed", "segments",
+    "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
+)  # fmt: skip
+(
+    WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
+    BATCH_SIZE, BLOCK_SIZE, SEED, OPTIMIZER, SKIP_NONFINITE, HAS_DROPOUT, STRIDE, ITEM_BYTES,
+    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS,
+    CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
+    WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
+    GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
+) = range(len(FIELDS))  # fmt: skip
+
+
+@kernel
+def word(x, line):
+    """The address of a control word."""
+    return x[CONTROL] + line * M.LINE
+
+
+@kernel
+def mine(x, index):
+    """The address of one of this worker's words."""
+    return x[WORKERS] + (x[WORKER] * M.WORKER_WORDS + index) * 8
+
+
+@kernel
+def now(x):
+    """Monotonic nanoseconds."""
+    return clock_ns(1, mine(x, M.W_CLOCK))
+
+
+@kernel
+def say(x, state):
+    """Publish what this worker does: one of the numbers of M.STATES."""
+    store(mine(x, M.W_STATE), state)
+
+
+@kernel
+def ring_bell(x):
+    """Wake Node Zero."""
+    add(word(x, M.BELL), 1)
+    wake_all(word(x, M.BELL))
+
+
+@kernel
+def arrive(x):
+    """Come to the barrier; True for the last, who must `release` the others."""
+    store(mine(x, M.W_ARRIVED), load(word(x, M.RELEASE)) + 1)
+    return add(word(x, M.ARRIVED), 1) + 1 == x[NUM_WORKERS]
+
+
+@kernel
+def release(x):
+    """Let the others go on from the barrier."""
+    store(word(x, M.ARRIVED), 0)
+    add(word(x, M.RELEASE), 1)
+    if x[NUM_WORKERS] > 1:
+        wake_all(word(x, M.RELEASE))
+
+
+@kernel
+def wait_for_change(x, line, value):
+    """Wait until a control word is no longer `value`; False where the command was aborted meanwhile."""
+    address = word(x, line)
+    for _ in range(x[SPIN]):
+        if load(address) != value:
+            return True
+        pause()
+    while load(address) == value:
+        if load(word(x, M.ABORT)) != 0:
+            return False
+        wait_while(address, value, word(x, M.LONG_TIMEOUT))
+    return True
+
+
+@kernel
+def meet(x):
+    """A barrier where nothing has to be done once; False where the command was aborted."""
+    seen = load(word(x, M.RELEASE))
+    if arrive(x):
+        release(x)
+        return True
+    say(x, M.S_WAITING)
+    return wait_for_change(x, M.RELEASE, seen)

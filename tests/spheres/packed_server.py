@@ -1,0 +1,42 @@
+"""A dtype of the tests' own, "doubled", and the server of forked workers that knows it: the weights times two, in
+five units of unequal size, and behind them how often each unit was packed.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+from numba import types
+
+from cllm_spheres.crystal.jit import entry
+from cllm_spheres.kernels.arrays import floats, integers
+from cllm_spheres.model import packing
+from cllm_spheres.model.layout import Layout, Shape
+
+SHAPE = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
+FLOATS = Layout(SHAPE).size
+UNITS = 5
+_real = packing.packed_sizes
+_i8 = types.int64
+
+
+def packed_sizes(layout, dtype):
+    return (4 * FLOATS + 8 * UNITS, UNITS) if dtype == "doubled" else _real(layout, dtype)
+
+
+@entry(_i8(_i8, _i8, _i8, _i8))
+def double_unit(geometry, params, packed, unit):
+    """Unit u is the part from u^2 to (u + 1)^2 twenty-fifths of the weights."""
+    first, last = FLOATS * unit * unit // (UNITS * UNITS), FLOATS * (unit + 1) * (unit + 1) // (UNITS * UNITS)
+    source, target = floats(params, FLOATS), floats(packed, FLOATS)
+    for i in range(first, last):
+        target[i] = source[i] + source[i]
+    integers(packed + 4 * FLOATS, UNITS)[unit] += 1
+    return 0
+
+
+if __name__ == "__main__":
+    packing.packed_sizes = packed_sizes
+    llvm.add_symbol("cllm_spheres_pack_unit", double_unit._keep.address)  # before the engine is linked to it
+    from cllm_spheres.spheres.server import main
+
+    main()
