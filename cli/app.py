@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.bench import bench
 from cllm_spheres_cli.data import data
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
@@ -43,6 +44,7 @@ def _options(
 
 for command in (train, watch, generate, prepare, data):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def run() -> None:

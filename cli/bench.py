@@ -1,0 +1,75 @@
+"""`cllm-spheres bench ...`: one function a benchmark. What they measure with is loaded when one of them is called."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(
+    help="Measure this machine: against PyTorch.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where the results go. Default: bench/results of a checkout, else the current folder."),
+]
+
+
+@bench.callback()
+def _group() -> None:
+    """Keeps the name of a command needed, however many there are."""
+
+
+def _words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
+    """Words between commas -> the words, each one known; InputError names the nearest."""
+    from cllm_spheres.errors import InputError, nearest
+
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in words:
+        if word not in known:
+            raise InputError(f"{option}: there is no {word!r}: {nearest(word, known)}")
+    if not words:
+        raise InputError(f"{option} names none: known are {', '.join(known)}.")
+    return words
+
+
+@bench.command()
+def peers(
+    sizes: Annotated[str, typer.Option(help="Which models, of S1 to S5.")] = "S1,S2,S3,S4,S5",
+    dtypes: Annotated[str, typer.Option(help="Arithmetic: fp32, bf16.")] = "fp32,bf16",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a measured window.")] = 10.0,
+    screen_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Length of a window while PyTorch's best variant is looked for.")
+    ] = 3.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Our worker processes. Default: the cores, at most the batch.")
+    ] = None,
+    spheres: Annotated[int | None, typer.Option(min=1, help="Our spheres. Default: as many as workers.")] = None,
+    modes: Annotated[
+        str, typer.Option(help="How PyTorch may run: eager, compile, max-autotune.")
+    ] = "eager,compile,max-autotune",
+    out: Out = None,
+) -> None:
+    """Train the same models with cllm-spheres and with PyTorch, in turn, and print tokens/s, ratio and memory.
+
+    PyTorch is an extra: pip install 'cllm-spheres[bench]'.
+    """
+    from cllm_spheres_bench import peers as comparison
+    from cllm_spheres_bench.sizes import chosen_sizes
+    from cllm_spheres_cli.progress import interruptible
+
+    options = comparison.Options(
+        sizes=chosen_sizes(sizes), dtypes=_words(dtypes, "--dtypes", comparison.DTYPES), repeats=repeats,
+        seconds=seconds, screen_seconds=screen_seconds, workers=workers, spheres=spheres,
+        modes=tuple(_words(modes, "--modes", comparison.MODES)), out=out,
+        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("What was measured until then is written."):
+        raise typer.Exit(comparison.run(options))
