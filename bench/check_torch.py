@@ -28,7 +28,7 @@ from cllm_spheres.inference.model import Model
 from cllm_spheres.kernels import blas
 from cllm_spheres.kernels import optimizer as ours
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
-from cllm_spheres.kernels.sizes import SLOT_FLOATS
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import Layout, Shape, tensor_shapes
 from cllm_spheres.text.tokenizer import ByteTokenizer
@@ -148,9 +148,7 @@ class OurAdamW:
 
     def __init__(self, shape: Shape, tensors: dict[str, np.ndarray]) -> None:
         self.layout = Layout(shape)
-        self.params_P, self.segment_P, self.gradient_P, self.moments_P, self.squares_P = (
-            new_arena(self.layout.size) for _ in range(5)
-        )
+        self.params_P, self.segment_P, self.moments_P, self.squares_P = (new_arena(self.layout.size) for _ in range(4))
         for buffer_P in (self.params_P, self.segment_P, self.moments_P, self.squares_P):
             buffer_P[:] = 0
         self.layout.fill(self.params_P, tensors)
@@ -160,10 +158,10 @@ class OurAdamW:
     def update(self, gradients: dict[str, np.ndarray], step: int, rate: float) -> float:
         """One step, counted from 1; returns the norm of the gradient before clipping."""
         self.layout.fill(self.segment_P, gradients)
-        gradient, norms, slot = self.gradient_P.ctypes.data, self.norms.ctypes.data, self.slot.ctypes.data
+        segment, norms, slot = self.segment_P.ctypes.data, self.norms.ctypes.data, self.slot.ctypes.data
         state = [x.ctypes.data for x in (self.params_P, self.moments_P, self.squares_P)]
         for block in range(self.layout.num_blocks):
-            gather_block.call(self.segment_P.ctypes.data, self.segment_P.nbytes, 1, gradient, norms, block)
+            gather_block.call(segment, self.segment_P.nbytes, 1, 0, norms, block)  # one segment is its own sum
         norm = global_norm.call(norms, self.layout.num_blocks)
         d = self.decision
         d[ours.D_FACTOR], d[ours.D_LR], d[ours.D_DECAY] = clip_factor(norm, CLIP), rate, DECAY
@@ -171,7 +169,7 @@ class OurAdamW:
         d[ours.D_CORRECTION_1], d[ours.D_CORRECTION_2] = 1 - BETA1**step, 1 - BETA2**step
         for block in range(self.layout.num_blocks):
             decays = block < self.layout.decaying_blocks
-            ours.update_block.call(ours.ADAMW, d.ctypes.data, gradient, *state, slot, block, decays)
+            ours.update_block.call(ours.ADAMW, d.ctypes.data, segment + 4 * block * BLOCK, *state, slot, block, decays)
             ours.commit_block.call(ours.ADAMW, *state, slot, block)
         return norm
 

@@ -41,6 +41,7 @@ def power(base, exponent):
 def update_block(kind, decision, gradient, params, moments, squares, slot, block, decays):
     """slot = the new parameters, moments and squares of a block (3 x 4,096 float32); nothing else is written.
 
+    gradient: the address of this block's; params, moments, squares: addresses of the first block's.
     adamw: m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p = p (1 - lr decay) - lr/c1 m / (sqrt(v/c2) + eps), with
     c = 1 - b^t. Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
     sgd: m = b1 m + g; p = p (1 - lr decay) - lr m; it has no squares.
@@ -48,7 +49,7 @@ def update_block(kind, decision, gradient, params, moments, squares, slot, block
     state = flush_subnormals()
     d = doubles(decision, DECISION_WORDS)
     at = 4 * block * BLOCK
-    g, p, m = floats(gradient + at, BLOCK), floats(params + at, BLOCK), floats(moments + at, BLOCK)
+    g, p, m = floats(gradient, BLOCK), floats(params + at, BLOCK), floats(moments + at, BLOCK)
     new_p, new_m = floats(slot, BLOCK), floats(slot + 4 * BLOCK, BLOCK)
     factor, beta1, lr = f4(d[D_FACTOR]), f4(d[D_BETA1]), d[D_LR]
     shrink = f4(1.0 - lr * d[D_DECAY]) if decays else f4(1)

@@ -14,18 +14,18 @@ from cllm_spheres.spheres.atomics import add, clock_ns, load, pause, store, wait
 FIELDS = (
     "worker", "num_workers", "num_spheres", "first_block", "last_block", "num_blocks", "decaying_blocks", "spin",
     "batch_size", "block_size", "seed", "optimizer", "skip_nonfinite", "has_dropout", "stride", "item_bytes",
-    "train_tokens", "val_tokens", "num_tensors", "pack_units",
+    "train_tokens", "val_tokens", "num_tensors", "pack_units", "keeps_sum",
     "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
     "window_losses", "norms", "slot", "params", "moments", "squares", "gradient", "packed", "segments",
-    "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
+    "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
 )  # fmt: skip
 (
     WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
     BATCH_SIZE, BLOCK_SIZE, SEED, OPTIMIZER, SKIP_NONFINITE, HAS_DROPOUT, STRIDE, ITEM_BYTES,
-    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS,
+    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS, KEEPS_SUM,
     CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
     WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
-    GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
+    BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
 ) = range(len(FIELDS))  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     pack:    its units of the weights in the form that the kernels read, for dtypes that have one -> packed weights
     compute: for each sphere that the worker hosts: read its windows, forward, backward      -> segments
     gather:  for each block of its span: add the segments in sphere order, squared norm      -> gradient, norms
+             (with one or two spheres only the norms: the update adds again)
     update:  for each block of its span: the optimizer through the redo slot                 -> parameters
 
 Between two phases stands a barrier. Whoever arrives last does what has to be done once: it adds the norms and
@@ -22,7 +23,7 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
 from cllm_spheres.kernels.arrays import doubles, integers, tokens
-from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
+from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm, sum_block
 from cllm_spheres.kernels.optimizer import (
     D_BETA1,
     D_BETA2,
@@ -36,6 +37,7 @@ from cllm_spheres.kernels.optimizer import (
     power,
     update_block,
 )  # fmt: skip
+from cllm_spheres.kernels.sizes import BLOCK
 from cllm_spheres.model.gpt import compute_shard, evaluate_window
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.model.packing import pack_unit
@@ -50,6 +52,7 @@ _compute_shard = compute_shard.external
 _evaluate_window = evaluate_window.external
 _initialise_block = initialise_block.external
 _gather_block = gather_block.external
+_sum_block = sum_block.external
 _global_norm = global_norm.external
 _update_block = update_block.external
 _commit_block = commit_block.external
@@ -92,9 +95,15 @@ def _compute(x, step):
 
 
 @kernel
+def _sum_at(x, block):
+    """Where the sum of a block goes: to its place in the gradient, or to this worker's own block."""
+    return x[C.GRADIENT] + 4 * BLOCK * block if x[C.KEEPS_SUM] else x[C.BLOCK_SUM]
+
+
+@kernel
 def _gather(x):
     for block in range(x[C.FIRST_BLOCK], x[C.LAST_BLOCK]):
-        _gather_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], x[C.GRADIENT], x[C.NORMS], block)
+        _gather_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], _sum_at(x, block), x[C.NORMS], block)
 
 
 @kernel
@@ -142,8 +151,11 @@ def _update(x, step):
     for block in range(x[C.FIRST_BLOCK] + done, x[C.LAST_BLOCK]):
         tag = step * unit + block - x[C.FIRST_BLOCK] + 1
         if load(slot_word) != tag:
+            gradient = _sum_at(x, block)
+            if not x[C.KEEPS_SUM]:
+                gradient = _sum_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], gradient, block)
             _update_block(
-                x[C.OPTIMIZER], x[C.DECISION], x[C.GRADIENT], x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block,
+                x[C.OPTIMIZER], x[C.DECISION], gradient, x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block,
                 1 if block < x[C.DECAYING_BLOCKS] else 0,
             )  # fmt: skip
             store(slot_word, tag)

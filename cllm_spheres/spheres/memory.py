@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, keeps_sum
 
 LINE = 64  # bytes of a cache line
 PAGE = 4096
@@ -117,7 +117,7 @@ class Regions:
         self.params = place(flat, PAGE)
         self.moments = place(flat, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
-        self.gradient = place(flat, PAGE)
+        self.gradient = place(flat if keeps_sum(sizes.num_spheres) else 0, PAGE)
         self.packed = place(sizes.packed_bytes, PAGE)
         self.segments = place(flat * sizes.num_spheres, PAGE)
         self.stride = flat

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cllm_spheres.kernels.optimizer import commit_block, update_block
-from cllm_spheres.kernels.sizes import SLOT_FLOATS
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, keeps_sum
 from cllm_spheres.model.geometry import geometry, new_arena
 from cllm_spheres.model.gpt import compute_shard
 from cllm_spheres.model.initialise import initial_tables
@@ -38,7 +38,7 @@ class Worker:
         train = np.memmap(job.train, np.uint8, "r")
         val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
         inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
-        arena = new_arena(shape_on_card.arena_floats)
+        arena, block_sum = new_arena(shape_on_card.arena_floats), new_arena(BLOCK)
         constants = np.array([job.clip, job.beta1, job.beta2, job.weight_decay], np.float64)
         base = memory.address
         values_by_name = dict(
@@ -56,12 +56,13 @@ class Worker:
             slot=base + regions.slots + worker * SLOT_FLOATS * 4, params=base + regions.params,
             moments=base + regions.moments, squares=base + regions.squares, gradient=base + regions.gradient,
             segments=base + regions.segments, packed=base + regions.packed, pack_units=memory.sizes.pack_units,
+            keeps_sum=keeps_sum(job.spheres), block_sum=block_sum.ctypes.data,
             geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
         )  # fmt: skip
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
-        self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, constants, memory)
+        self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, memory)
 
     def run(self) -> None:
         """Obey commands until EXIT."""
@@ -73,15 +74,16 @@ def allocate_own_ranges(job: Job, memory: SharedMemory, worker: int) -> None:
     regions, flat = memory.regions, memory.regions.stride
     for sphere in hosted(worker, job.workers, job.spheres):
         memory.allocate(regions.segments + sphere * flat, flat)
-    first, last = span(worker, job.workers, flat // (4 * 4096))
-    start, size = first * 4 * 4096, (last - first) * 4 * 4096
-    for region in (regions.params, regions.moments, regions.gradient):
+    first, last = span(worker, job.workers, memory.sizes.num_parameters // BLOCK)
+    start, size = first * 4 * BLOCK, (last - first) * 4 * BLOCK
+    owned = [regions.params, regions.moments]
+    owned += [regions.squares] if memory.sizes.has_squares else []
+    owned += [regions.gradient] if keeps_sum(job.spheres) else []
+    for region in owned:
         memory.allocate(region + start, size)
     # Units of packing need not be equally large: an even share of their bytes, rounded out to pages.
     first, last = span(worker, job.workers, memory.sizes.packed_bytes)
     memory.allocate(regions.packed + first, last - first)
-    if memory.sizes.has_squares:
-        memory.allocate(regions.squares + start, size)
 
 
 def main(job: Job, descriptor: int, worker: int) -> int:
@@ -130,7 +132,7 @@ def warm(scratch: Path) -> None:
         x["workers"],
     )
     update_block.call(
-        0, x["constants"], x["gradient"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1
+        0, x["constants"], x["segments"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1
     )  # its result is never committed
     commit_block.call(0, x["params"], x["moments"], x["squares"], x["slot"], 0)
     assert WORKER_WORDS and SPHERE_WORDS

@@ -38,7 +38,8 @@ class Blocks:
         d[optimizer.D_CORRECTION_1], d[optimizer.D_CORRECTION_2] = 1 - BETA1**step, 1 - BETA2**step
 
     def update(self, kind, decays=True):
-        addresses = (a.ctypes.data for a in (self.decision, self.gradient, self.params, self.moments, self.squares))
+        gradient = self.gradient[BLOCK:]
+        addresses = (a.ctypes.data for a in (self.decision, gradient, self.params, self.moments, self.squares))
         update_block.call(kind, *addresses, self.slot.ctypes.data, 1, decays)
 
     def commit(self, kind):

@@ -35,7 +35,7 @@ def extents(regions):
         spheres=8 * s.num_spheres * M.SPHERE_WORDS, ring=8 * M.RING * M.RECORD_WORDS, rates=8 * M.RING,
         window_starts=windows, window_lengths=windows, window_losses=windows, norms=8 * s.num_parameters // BLOCK,
         errors=s.num_workers * ERROR_BYTES, slots=4 * s.num_workers * SLOT_FLOATS, params=flat, moments=flat,
-        squares=flat if s.has_squares else 0, gradient=flat, packed=s.packed_bytes,
+        squares=flat if s.has_squares else 0, gradient=flat if s.num_spheres > 2 else 0, packed=s.packed_bytes,
         segments=flat * s.num_spheres,
     )  # fmt: skip
     return {name: (getattr(regions, name), getattr(regions, name) + count) for name, count in counts.items()}

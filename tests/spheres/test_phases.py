@@ -84,7 +84,7 @@ class Spheres:
             "params": (r.params, r.stride),
             "moments": (r.moments, r.stride),
             "squares": (r.squares, r.stride if sizes.has_squares else 0),
-            "gradient": (r.gradient, r.stride),
+            "gradient": (r.gradient, r.stride if sizes.num_spheres > 2 else 0),
             "segments": (r.segments, r.stride * sizes.num_spheres),
         }[name]
         return self.memory._bytes[start : start + count].tobytes()
@@ -106,13 +106,14 @@ def tokens(tmp_path_factory):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_every_phase_can_be_done_again_and_writes_nothing_but_its_outputs(tokens, optimizer, dropout):
-    spheres = Spheres(tokens, optimizer=optimizer, dropout=dropout)
+@pytest.mark.parametrize(("dropout", "num_spheres"), [(0.0, 7), (0.3, 7), (0.0, 2), (0.0, 1)])
+def test_every_phase_can_be_done_again_and_writes_nothing_but_its_outputs(tokens, optimizer, dropout, num_spheres):
+    spheres = Spheres(tokens, optimizer=optimizer, dropout=dropout, spheres=num_spheres)
     squares = {"squares"} if optimizer == "adamw" else set()
+    gradient = {"gradient"} if num_spheres > 2 else set()
     for phase, outputs in (
         (spheres.compute, {"segments", "losses"}),
-        (spheres.gather, {"gradient", "norms"}),
+        (spheres.gather, gradient | {"norms"}),
         (spheres.decide, {"decision"}),
         (spheres.update, {"params", "moments"} | squares),
     ):
@@ -146,11 +147,11 @@ def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
     assert spheres.state() == once
 
 
-@pytest.mark.parametrize("workers", [2, 3, 7])
-def test_the_memory_does_not_depend_on_who_does_the_work(tokens, workers):
+@pytest.mark.parametrize(("workers", "num_spheres"), [(2, 7), (3, 7), (7, 7), (2, 2)])
+def test_the_memory_does_not_depend_on_who_does_the_work(tokens, workers, num_spheres):
     states = []
     for number in (1, workers):
-        spheres = Spheres(tokens, workers=number)
+        spheres = Spheres(tokens, workers=number, spheres=num_spheres)
         for phase in (spheres.compute, spheres.gather, spheres.decide, spheres.update):
             phase()
         states.append(spheres.state())
@@ -171,9 +172,9 @@ def test_segments_are_added_in_the_order_of_the_spheres(tokens, rng, num_spheres
     expected = segments[0].copy()
     for segment in segments[1:]:
         expected += segment
-    gradient = spheres.memory.floats(spheres.regions.gradient, expected.size)
-    assert gradient.tobytes() == expected.tobytes()
-    if num_spheres > 2:
+    if num_spheres > 2:  # with fewer the sum is not kept
+        gradient = spheres.memory.floats(spheres.regions.gradient, expected.size)
+        assert gradient.tobytes() == expected.tobytes()
         assert gradient.tobytes() != sum(segments[::-1][1:], segments[-1].copy()).tobytes()
     norms = spheres.memory.doubles(spheres.regions.norms, expected.size // BLOCK)
     exact = (expected.astype(np.float64).reshape(-1, BLOCK) ** 2).sum(1)
@@ -183,6 +184,23 @@ def test_segments_are_added_in_the_order_of_the_spheres(tokens, rng, num_spheres
     for square in norms.tolist():
         total += square
     assert global_norm.call(norms.ctypes.data, len(norms)) == math.sqrt(total)
+
+
+@pytest.mark.parametrize("num_spheres", [1, 2])
+def test_an_update_that_adds_again_has_the_bits_of_one_that_reads_a_kept_sum(tokens, rng, num_spheres):
+    weights = []
+    values = rng.standard_normal((num_spheres, Layout(SMALL).size), np.float32)
+    for number in (num_spheres, 3):
+        spheres = Spheres(tokens, spheres=number, workers=number)
+        for s in range(number):
+            spheres.memory.segment(s)[:] = values[s] if s < num_spheres else 0
+        spheres.gather()
+        assert spheres.decide() == 0
+        before = spheres.weights()
+        spheres.update()
+        weights.append((spheres.weights(), spheres.region("norms")))
+        assert spheres.weights() != before
+    assert weights[0] == weights[1]
 
 
 # --- decide ---
