@@ -1,0 +1,258 @@
+"""Causal multi-head attention on bfloat16 tiles; scores and softmax in float32.
+
+N = B * T rows, T padded to 32; H heads of D channels, each padded to E = 32, 64, ... columns. qkv lies in rows,
+3 H E columns: queries, keys, values, each head after head. Blocks of 32 queries look at the keys up to their own
+last one. The backward computes the probabilities again from the stored log-sum-exp. Padding rows come after the
+real ones, so that no real row sees them, and their gradients are zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+
+from cllm_spheres.crystal.functions import exp, log
+from cllm_spheres.crystal.jit import entry, kernel, reduction
+from cllm_spheres.crystal.random import combine
+from cllm_spheres.kernels.arrays import f4, floats, row_max
+from cllm_spheres.kernels.bf16.multiply import block, block_row
+from cllm_spheres.kernels.bf16.tiles import (
+    SIDE,
+    TILE,
+    flip_tile,
+    line_of,
+    pair_block,
+    round_row,
+    transpose_block,
+    widen_row,
+)  # fmt: skip
+from cllm_spheres.kernels.dropout import dropout
+
+_i8 = types.int64
+_LOWEST = f4(-1e30)  # of a masked score: its exponential is 0
+
+
+@kernel
+def scratch_bytes(t, e):
+    """Bytes of scratch for sequences of t tokens (padded) and heads of e columns (padded)."""
+    scores, squares, strips = 32 * t * 4, t * t * 2, t * e * 2
+    return 2 * scores + 2 * (32 * t * 2) + 2 * squares + 6 * strips + 3 * 32 * e * 4 + 4096
+
+
+@reduction
+def _exp_row(row_J, shift, scale):
+    """row = exp((row - shift) * scale) in place; returns the sum. The length is a multiple of 32."""
+    total = f4(0)
+    for start in range(0, row_J.size, SIDE):
+        part = row_J[start : start + SIDE]
+        for j in range(SIDE):
+            e = exp((part[j] - shift) * scale)
+            part[j] = e
+            total += e
+    return total
+
+
+@reduction
+def _dot(x_E, y_E):
+    total = f4(0)
+    for start in range(0, x_E.size, SIDE):
+        x, y = x_E[start : start + SIDE], y_E[start : start + SIDE]
+        for j in range(SIDE):
+            total += x[j] * y[j]
+    return total
+
+
+@kernel
+def _mask(row, first):
+    for j in range(first, row.size):
+        row[j] = _LOWEST
+
+
+@kernel
+def _flipped_strips(source, step, t, e, target):
+    """flipped form of one head's [t, e] out of a rows form with `step` bytes between groups of 16 rows."""
+    for i in range(t // 16):
+        for j in range(e // 32):
+            flip_tile(source + i * step + j * TILE, target + (i * (e // 32) + j) * TILE)
+
+
+@kernel
+def _pairs_strips(source, step, t, e, target):
+    """pairs form of one head's [t, e]."""
+    down = t // 32
+    for i in range(down):
+        for j in range(e // 32):
+            upper = source + 2 * i * step + j * TILE
+            at = target + (2 * j * down + i) * TILE
+            pair_block(upper, upper + step, at, at + down * TILE)
+
+
+@kernel
+def _columns_strips(source, step, t, e, target):
+    """columns form of one head's [t, e]."""
+    _pairs_strips(source, step, t, e, target)
+    for i in range(t * e // 512):
+        flip_tile(target + i * TILE, target + i * TILE)
+
+
+@kernel
+def _scores(q, step, keys_flipped, e, first, scores, t):
+    """scores[32, first + 32] = q k^T for the 32 queries at `first`, unscaled."""
+    block_row(e, q + first // 16 * step, step, keys_flipped, 0, first // 32 + 1, scores, t)
+
+
+@entry(_i8(*[_i8] * 12, types.float64))
+def attention_forward(
+    qkv, sequences, t, heads, d, key, first_sequence, length, threshold, scratch, out, lse, keep_scale
+):
+    """out = softmax(q k^T / sqrt(d)) v in rows form, H E columns; lse: float32[B, H, T], the log-sum-exp of each row of scores.
+
+    t: padded length, length: the real one. key, first_sequence, threshold, keep_scale: dropout of the probabilities.
+    """
+    e = (d + 31) // 32 * 32
+    wide = heads * e
+    step = 3 * wide // 32 * TILE
+    scale = f4(1) / np.sqrt(f4(d))
+    scores = scratch
+    probabilities = scores + 32 * t * 4
+    keys, values = probabilities + 32 * t * 2, probabilities + 32 * t * 2 + t * e * 2
+    result = values + t * e * 2
+    for b in range(sequences):
+        for h in range(heads):
+            q = qkv + b * (t // 16) * step + h * (e // 32) * TILE
+            _flipped_strips(q + wide // 32 * TILE, step, t, e, keys)
+            _pairs_strips(q + 2 * (wide // 32) * TILE, step, t, e, values)
+            lse_T = floats(lse + 4 * (b * heads + h) * t, t)
+            head_key = combine(combine(np.uint64(key), first_sequence + b), h)
+            for first in range(0, t, 32):
+                seen = first + 32
+                _scores(q, step, keys, e, first, scores, t)
+                for r in range(32):
+                    row = floats(scores + 4 * r * t, seen)
+                    _mask(row[first:], r + 1)
+                    largest = row_max(row)
+                    total = _exp_row(row, largest, scale)
+                    lse_T[first + r] = largest * scale + f4(log(np.float64(total)))
+                    inverse = f4(1) / total
+                    for j in range(seen):
+                        row[j] *= inverse
+                    if threshold > 0:
+                        dropout(row[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
+                    round_row(row.ctypes.data, line_of(probabilities, r, seen), seen // 32, TILE)
+                strip = seen // 32 * TILE
+                for j in range(e // 32):
+                    block(
+                        seen // 32, probabilities, strip, values + 2 * j * (t // 32) * TILE, t // 32 * TILE,
+                        result + 128 * j, 4 * e, 0,
+                    )  # fmt: skip
+                for r in range(32):
+                    line = line_of(out, b * t + first + r, wide) + h * (e // 32) * TILE
+                    round_row(result + 4 * r * e, line, e // 32, TILE)
+    return 0
+
+
+@kernel
+def _score_gradients(p, dp, lse, delta, scale):
+    """p: scores -> probabilities; dp: their gradients -> gradients of the unscaled scores; multiples of 32."""
+    for start in range(0, p.size, SIDE):
+        x, y = p[start : start + SIDE], dp[start : start + SIDE]
+        for j in range(SIDE):
+            probability = exp(x[j] * scale - lse)
+            x[j] = probability
+            y[j] = probability * (y[j] - delta) * scale
+
+
+@kernel
+def _to_rows(transposed, e, row, form, columns, group):
+    """32 keys' gradients, transposed as float32[e, 32] -> the head's lines in rows form; their column sums are left
+    to the caller. form: rows form of `columns` columns; group: first group of 32 columns of the head."""
+    for j in range(e // 32):
+        transpose_block(transposed + j * 32 * 128)
+        for r in range(32):
+            round_row(
+                transposed + j * 32 * 128 + 128 * r, line_of(form, row + r, columns) + (group + j) * TILE, 1, TILE
+            )
+
+
+@entry(_i8(*[_i8] * 14, types.float64))
+def attention_backward(
+    dout, qkv, out, lse, sequences, t, heads, d, key, first_sequence, length, threshold, scratch, dqkv, keep_scale
+):
+    """dqkv in rows form from dout in rows form and what the forward left; overwrites dqkv.
+
+    With P the probabilities, Pd after dropout, and Delta_i = dout_i . out_i:
+    dv = Pd^T dout; dP = dropout(dout v^T); dS = P * (dP - Delta) / sqrt(D); dq = dS k; dk = dS^T q. The last two
+    products over queries are computed transposed, dv^T = dout^T Pd, so that only their small left operands turn.
+    """
+    e = (d + 31) // 32 * 32
+    wide = heads * e
+    step, out_step = 3 * wide // 32 * TILE, wide // 32 * TILE
+    scale = f4(1) / np.sqrt(f4(d))
+    strip, down = t * e * 2, t // 32
+    p, dp = scratch, scratch + 32 * t * 4
+    p_rows = dp + 32 * t * 4
+    ds_rows = p_rows + 32 * t * 2
+    p_pairs = ds_rows + 32 * t * 2
+    ds_pairs = p_pairs + t * t * 2
+    keys_flipped = ds_pairs + t * t * 2
+    values_flipped, keys_pairs = keys_flipped + strip, keys_flipped + 2 * strip
+    q_columns, dout_columns = keys_flipped + 3 * strip, keys_flipped + 4 * strip
+    result = keys_flipped + 5 * strip
+    x_at = result + 4 * 32 * e
+    y_at = x_at + 4 * e
+    for b in range(sequences):
+        for h in range(heads):
+            group = h * (e // 32)
+            q = qkv + b * (t // 16) * step + group * TILE
+            k, v = q + wide // 32 * TILE, q + 2 * (wide // 32) * TILE
+            do = dout + b * (t // 16) * out_step + group * TILE
+            _flipped_strips(k, step, t, e, keys_flipped)
+            _flipped_strips(v, step, t, e, values_flipped)
+            _pairs_strips(k, step, t, e, keys_pairs)
+            _columns_strips(q, step, t, e, q_columns)
+            _columns_strips(do, out_step, t, e, dout_columns)
+            lse_T = floats(lse + 4 * (b * heads + h) * t, t)
+            head_key = combine(combine(np.uint64(key), first_sequence + b), h)
+            for first in range(0, t, 32):
+                seen = first + 32
+                _scores(q, step, keys_flipped, e, first, p, t)
+                _scores(do, out_step, values_flipped, e, first, dp, t)
+                for r in range(32):
+                    n = b * t + first + r
+                    row, drow = floats(p + 4 * r * t, seen), floats(dp + 4 * r * t, seen)
+                    widen_row(line_of(dout, n, wide) + group * TILE, x_at, e // 32, TILE)
+                    widen_row(line_of(out, n, wide) + group * TILE, y_at, e // 32, TILE)
+                    delta = _dot(floats(x_at, e), floats(y_at, e))
+                    _mask(row[first:], r + 1)
+                    if threshold > 0:
+                        dropout(drow[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
+                    _score_gradients(row, drow, lse_T[first + r], delta, scale)
+                    if threshold > 0:
+                        dropout(row[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
+                    round_row(row.ctypes.data, line_of(p_rows, r, seen), seen // 32, TILE)
+                    round_row(drow.ctypes.data, line_of(ds_rows, r, seen), seen // 32, TILE)
+                line = seen // 32 * TILE
+                for j in range(seen // 32):
+                    at = (2 * j * down + first // 32) * TILE
+                    upper = p_rows + j * TILE
+                    pair_block(upper, upper + line, p_pairs + at, p_pairs + at + down * TILE)
+                    upper = ds_rows + j * TILE
+                    pair_block(upper, upper + line, ds_pairs + at, ds_pairs + at + down * TILE)
+                for j in range(e // 32):
+                    block(
+                        seen // 32, ds_rows, line, keys_pairs + 2 * j * down * TILE, down * TILE,
+                        result + 128 * j, 4 * e, 0,
+                    )  # fmt: skip
+                for r in range(32):
+                    target = line_of(dqkv, b * t + first + r, 3 * wide) + group * TILE
+                    round_row(result + 4 * r * e, target, e // 32, TILE)
+            for j in range(down):  # 32 keys, seen by the queries from the same block on
+                for what in range(2):
+                    left, right = (q_columns, ds_pairs) if what == 0 else (dout_columns, p_pairs)
+                    for i in range(e // 32):
+                        block(
+                            down - j, left + (2 * i * down + j) * TILE, down * TILE,
+                            right + (2 * j * down + j) * TILE, down * TILE, result + i * 32 * 128, 128, 0,
+                        )  # fmt: skip
+                    _to_rows(result, e, b * t + 32 * j, dqkv, 3 * wide, (what + 1) * (wide // 32) + group)
+    return 0

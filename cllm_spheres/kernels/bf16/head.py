@@ -1,0 +1,139 @@
+"""The tied head with softmax and cross-entropy, some columns of the vocabulary at a time, on bfloat16 tiles.
+
+N rows, C channels, V vocabulary. The logits of a chunk of columns are computed twice where the vocabulary has more
+than one chunk: once for each row's largest logit and sum of exponentials, once for the gradient. Nothing of the
+size N x V is ever kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+
+from cllm_spheres.crystal.functions import exp, log
+from cllm_spheres.crystal.jit import entry, kernel, reduction
+from cllm_spheres.kernels.arrays import f4, floats, row_max, tokens
+from cllm_spheres.kernels.bf16.multiply import block_row, product
+from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, padded, round_row
+
+_i8, _d8 = types.int64, types.float64
+CHUNK = 1024  # columns of the vocabulary
+
+
+@reduction
+def _sum_of_exp(row_V, shift):
+    total = f4(0)
+    for j in range(row_V.size):
+        total += exp(row_V[j] - shift)
+    return total
+
+
+@kernel
+def _logits(x, row, inner, wte_flipped, first, count, scratch):
+    """32 rows of logits for `count` columns from `first` (a multiple of 32), CHUNK floats from row to row."""
+    step = inner // 32 * TILE
+    block_row(inner, x + row // 16 * step, step, wte_flipped, first // 32, (count + 31) // 32, scratch, CHUNK)
+
+
+@kernel
+def _begin(largest_N, sums_N, at_target_N):
+    for n in range(largest_N.size):
+        largest_N[n] = f4(-np.inf)
+        sums_N[n] = f4(0)
+        at_target_N[n] = f4(0)
+
+
+@kernel
+def _take_in(scratch, row, targets_N, first, count, largest_N, sums_N, at_target_N):
+    """Add a block's columns to its rows' running maxima and sums of exponentials."""
+    for r in range(32):
+        n = row + r
+        x = floats(scratch + 4 * CHUNK * r, count)
+        largest = max(largest_N[n], row_max(x))
+        sums_N[n] = sums_N[n] * exp(largest_N[n] - largest) + _sum_of_exp(x, largest)
+        largest_N[n] = largest
+        target = targets_N[n] - first
+        if target >= 0 and target < count:
+            at_target_N[n] = x[target]
+
+
+@kernel
+def _gradient(scratch, row, targets_N, first, count, lse_N, scale, form, columns):
+    """rows form of (softmax - onehot) * scale; rows with a negative target are padding: zero."""
+    for r in range(32):
+        n = row + r
+        x = floats(scratch + 4 * CHUNK * r, columns)
+        if targets_N[n] < 0:
+            for j in range(columns):
+                x[j] = f4(0)
+        else:
+            shift = lse_N[n]
+            for j in range(count):
+                x[j] = exp(x[j] - shift) * scale
+            for j in range(count, columns):
+                x[j] = f4(0)
+            target = targets_N[n] - first
+            if target >= 0 and target < count:
+                x[target] -= scale
+        round_row(x.ctypes.data, line_of(form, n, columns), columns // 32, TILE)
+
+
+@kernel
+def _finish(targets_N, largest_N, sums_N, at_target_N):
+    """Sum of the rows' losses, float64; largest_N becomes the log-sum-exp."""
+    loss = 0.0
+    for n in range(targets_N.size):
+        log_sum = log(np.float64(sums_N[n]))
+        if targets_N[n] >= 0:
+            loss += log_sum + (np.float64(largest_N[n]) - np.float64(at_target_N[n]))
+        largest_N[n] = f4(np.float64(largest_N[n]) + log_sum)
+    return loss
+
+
+@kernel
+def _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch):
+    """As head_loss; the first N of stats are left as the rows' log-sum-exp."""
+    n = targets_N.size
+    largest_N, sums_N, at_target_N = stats_3N[:n], stats_3N[n : 2 * n], stats_3N[2 * n : 3 * n]
+    _begin(largest_N, sums_N, at_target_N)
+    for first in range(0, vocabulary, CHUNK):
+        count = min(CHUNK, vocabulary - first)
+        for row in range(0, n, 32):
+            _logits(x, row, inner, wte_flipped, first, count, scratch)
+            _take_in(scratch, row, targets_N, first, count, largest_N, sums_N, at_target_N)
+    return _finish(targets_N, largest_N, sums_N, at_target_N)
+
+
+@entry(_d8(*[_i8] * 8))
+def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch):
+    """Sum of the token losses, float64, of n rows. x: rows form; wte_flipped: flipped form of wte. Addresses.
+
+    targets: int32, -1 for padding rows. stats: 3 n float32 of scratch; scratch: 32 x CHUNK float32.
+    """
+    return _head_loss(x, padded(width), wte_flipped, vocabulary, tokens(targets, n), floats(stats, 3 * n), scratch)
+
+
+@entry(_d8(*[_i8] * 15, _d8))
+def head_loss_backward(
+    x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, form, turned, dx, dwte,
+    accumulate, scale,
+):  # fmt: skip
+    """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32.
+
+    x_pairs: pairs form of x; wte_pairs: pairs form of wte. form, turned: room for n x CHUNK bfloat16 each.
+    """
+    inner, targets_N, stats_3N = padded(width), tokens(targets, n), floats(stats, 3 * n)
+    loss = _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch)
+    strip = padded(vocabulary) // 32 * TILE
+    for first in range(0, vocabulary, CHUNK):
+        count = min(CHUNK, vocabulary - first)
+        columns = padded(count)
+        for row in range(0, n, 32):
+            _logits(x, row, inner, wte_flipped, first, count, scratch)
+            _gradient(scratch, row, targets_N, first, count, stats_3N, f4(scale), form, columns)
+        product(n, width, columns, form, columns // 32 * TILE, wte_pairs + first // 32 * TILE, strip, dx, width,
+                first > 0, scratch)  # fmt: skip
+        columns_of(form, turned, n, columns)
+        product(count, width, n, turned, n // 32 * TILE, x_pairs, n // 32 * TILE, dwte + 4 * first * width, width,
+                accumulate != 0, scratch)  # fmt: skip
+    return loss
