@@ -26,7 +26,7 @@ FIELDS = (
     "layer_bytes", "x", "ln1", "qkv", "lse", "att", "mid", "ln2", "up", "act", "stats",
     "x_last", "lnf", "lnf_stats", "dx", "dt", "keys", "row", "wide_bias", "scratch",
     "datt", "rows", "pairs", "columns", "wide",
-    "logits", "turned", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices",
+    "logits", "turned", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices", "trace",
 )  # fmt: skip
 (
     VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, THRESHOLD,
@@ -34,7 +34,7 @@ FIELDS = (
     LAYER_BYTES, X, LN1, QKV, LSE, ATT, MID, LN2, UP, ACT, STATS,
     X_LAST, LNF, LNF_STATS, DX, DT, KEYS, ROW, WIDE_BIAS, SCRATCH,
     DATT, ROWS, PAIRS, COLUMNS, WIDE,
-    LOGITS, TURNED, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES,
+    LOGITS, TURNED, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES, TRACE,
 ) = range(len(FIELDS))  # fmt: skip
 LAYER_OFFSETS = len(FIELDS)
 # Of a packed matrix: where its parameters lie (floats), its sizes, the sizes of the groups its rows and columns come
@@ -134,6 +134,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     values["arena_bytes"] = max(backward, head)
     matrices = packed(layout).matrices
     values["matrices"] = len(matrices)
+    values["trace"] = 0  # whoever wants one writes its address here
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
     table = [number for matrix in matrices for number in matrix]
     array = np.array([values[name] for name in FIELDS] + offsets + table, np.int64)

@@ -33,7 +33,9 @@ from cllm_spheres.kernels.bf16.norm import layernorm_rows
 from cllm_spheres.kernels.bf16.tiles import TILE, padded
 from cllm_spheres.kernels.dropout import dropout_sequences
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
+from cllm_spheres.kernels import trace as K
 from cllm_spheres.kernels.layernorm import layernorm_backward
+from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry_bf16 as G
 from cllm_spheres.model.layout import (
     B_ATT,
@@ -157,7 +159,7 @@ def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progre
     t, d, cp, fp = padded(length), c // heads, padded(c), padded(g[G.FF_WIDTH])
     e, h = padded(d), _head_columns(g)
     threshold, keep_scale = _dropout_of(g, key)
-    sequences, scratch = n // t, arena + g[G.SCRATCH]
+    sequences, scratch, trace = n // t, arena + g[G.SCRATCH], g[G.TRACE]
     row = floats(arena + g[G.ROW], cp)
     x = arena + g[G.X]
     _embed(
@@ -166,6 +168,7 @@ def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progre
     )  # fmt: skip
     if threshold > 0:
         dropout_sequences(matrix(x, n, c), t, combine(key, 0), first_sequence, threshold, keep_scale)
+    mark(trace, K.EMBED)
     wide_bias = floats(arena + g[G.WIDE_BIAS], 3 * h)
     wide_bias[:] = f4(0)
     for layer in range(g[G.LAYERS]):
@@ -177,33 +180,41 @@ def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progre
 
         gain, bias = _vector(params, _tensor(g, layer, G_LN1), c), _vector(params, _tensor(g, layer, B_LN1), c)
         layernorm_rows(matrix(x, n, c), gain, bias, ln1, stats[:n], stats[n : 2 * n], row)
+        mark(trace, K.NORM)
         bias = _vector(params, _tensor(g, layer, B_QKV), 3 * c)
         _spread_bias(bias, d, e, wide_bias)
         w = _weights(g, packed, 4 * layer + _QKV)[0]
         b = wide_bias.ctypes.data if bias.size > 0 else 0
         _project(TO_ROWS, n, 3 * h, cp, ln1, w, b, qkv, 0, 3 * h, scratch, 0, 0, 0, 0.0)
+        mark(trace, K.QKV)
         _attention_forward(
             qkv, sequences, t, heads, d, types.int64(combine(key, 3 * layer + 1)), first_sequence, length, threshold,
             scratch, att, at + g[G.LSE], keep_scale,
         )  # fmt: skip
+        mark(trace, K.ATTENTION)
         keys = _site_keys(g, arena, combine(key, 3 * layer + 2), first_sequence, sequences)
         bias = _address(params, _tensor(g, layer, B_ATT))
         w = _weights(g, packed, 4 * layer + _ATT)[0]
         _project(TO_RESIDUAL, n, c, h, att, w, bias, x, mid, c, scratch, keys, t, threshold, keep_scale)
+        mark(trace, K.PROJECTION)
 
         gain, bias = _vector(params, _tensor(g, layer, G_LN2), c), _vector(params, _tensor(g, layer, B_LN2), c)
         layernorm_rows(matrix(mid, n, c), gain, bias, ln2, stats[2 * n : 3 * n], stats[3 * n :], row)
+        mark(trace, K.NORM)
         bias = _address(params, _tensor(g, layer, B_UP))
         w = _weights(g, packed, 4 * layer + _UP)[0]
         _project(TO_GELU, n, g[G.FF_WIDTH], cp, ln2, w, bias, up, act, fp, scratch, 0, 0, 0, 0.0)
+        mark(trace, K.UP)
         keys = _site_keys(g, arena, combine(key, 3 * layer + 3), first_sequence, sequences)
         bias = _address(params, _tensor(g, layer, B_DOWN))
         w = _weights(g, packed, 4 * layer + _DOWN)[0]
         _project(TO_RESIDUAL, n, c, fp, act, w, bias, mid, following, c, scratch, keys, t, threshold, keep_scale)
+        mark(trace, K.DOWN)
         progress[0] += 1
     stats = floats(arena + g[G.LNF_STATS], 2 * n)
     gain, bias = _vector(params, g[G.LNF_GAIN], c), _vector(params, g[G.LNF_BIAS], c)
     layernorm_rows(matrix(arena + g[G.X_LAST], n, c), gain, bias, arena + g[G.LNF], stats[:n], stats[n:], row)
+    mark(trace, K.NORM)
 
 
 @kernel
@@ -237,7 +248,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
     t, d, cp, fp = padded(length), c // heads, padded(c), padded(f)
     e, h = padded(d), _head_columns(g)
     threshold, keep_scale = _dropout_of(g, key)
-    sequences, scratch = n // t, arena + g[G.SCRATCH]
+    sequences, scratch, trace = n // t, arena + g[G.SCRATCH], g[G.TRACE]
     dx, dt = matrix(arena + g[G.DX], n, c), matrix(arena + g[G.DT], n, c)
     dt_at = arena + g[G.DT]
     rows, pairs, columns, datt = arena + g[G.ROWS], arena + g[G.PAIRS], arena + g[G.COLUMNS], arena + g[G.DATT]
@@ -248,6 +259,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
         dt, matrix(arena + g[G.X_LAST], n, c), _vector(params, g[G.LNF_GAIN], c), stats[:n], stats[n:], dx,
         _vector(segment, g[G.LNF_GAIN], c), _vector(segment, g[G.LNF_BIAS], c), accumulate,
     )  # fmt: skip
+    mark(trace, K.NORM_BACKWARD)
     for layer in range(g[G.LAYERS] - 1, -1, -1):
         at = arena + layer * g[G.LAYER_BYTES]
         x, mid, ln1, ln2, qkv, att = at + g[G.X], at + g[G.MID], at + g[G.LN1], at + g[G.LN2], at + g[G.QKV], at + g[G.ATT]
@@ -256,40 +268,57 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
 
         _enter(dx, dt, t, combine(key, 3 * layer + 3), first_sequence, threshold, keep_scale, rows, pairs,
                _vector(segment, _tensor(g, layer, B_DOWN), c), accumulate)  # fmt: skip
+        mark(trace, K.RESIDUAL)
         _turn(act, n, fp, columns, 1)
+        mark(trace, K.TURN)
         _weight_gradient(columns, pairs, n, segment + 4 * _tensor(g, layer, W_DOWN), f, c, accumulate, scratch)
-        sums = _vector(segment, _tensor(g, layer, B_UP), f)
-        _clear(sums, accumulate)
+        mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _DOWN)[1]
-        # The rows of dy are read while those of dact are written: they lie in the activations' own place, which is free.
-        db = sums.ctypes.data if sums.size > 0 else 0
-        _project(THROUGH_GELU, n, f, cp, rows, w, 0, up, act, fp, scratch, db, 0, 0, 0.0)
+        db = _vector(segment, _tensor(g, layer, B_UP), f)
+        sums = floats(row_at, fp)
+        sums[:] = f4(0)
+        # dact takes the place of the activations, which are not needed any more.
+        _project(THROUGH_GELU, n, f, cp, rows, w, 0, up, act, fp, scratch, row_at if db.size > 0 else 0, 0, 0, 0.0)
+        _clear(db, accumulate)
+        for j in range(db.size):
+            db[j] += sums[j]
+        mark(trace, K.GELU_BACKWARD)
         _turn(act, n, fp, pairs, 0)
+        mark(trace, K.TURN)
         _turn(ln2, n, cp, columns, 1)
+        mark(trace, K.TURN)
         _weight_gradient(columns, pairs, n, segment + 4 * _tensor(g, layer, W_UP), c, f, accumulate, scratch)
+        mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _UP)[1]
         _multiply(n, c, fp, act, w, fp // 32 * TILE, dt_at, 0, scratch)
+        mark(trace, K.DX)
         layernorm_backward(
             dt, matrix(mid, n, c), _vector(params, _tensor(g, layer, G_LN2), c), stats[2 * n : 3 * n], stats[3 * n :],
             dx, _vector(segment, _tensor(g, layer, G_LN2), c), _vector(segment, _tensor(g, layer, B_LN2), c),
             accumulate,
         )  # fmt: skip
+        mark(trace, K.NORM_BACKWARD)
 
         _enter(dx, dt, t, combine(key, 3 * layer + 2), first_sequence, threshold, keep_scale, rows, pairs,
                _vector(segment, _tensor(g, layer, B_ATT), c), accumulate)  # fmt: skip
+        mark(trace, K.RESIDUAL)
         _turn(att, n, h, columns, 1)
+        mark(trace, K.TURN)
         dw = segment + 4 * _tensor(g, layer, W_ATT)
         if d == e:
             _weight_gradient(columns, pairs, n, dw, c, c, accumulate, scratch)
         else:
             _weight_gradient(columns, pairs, n, wide, h, c, False, scratch)
             gather_heads(wide, c, d, e, c, c, matrix(dw, c, c), accumulate)
+        mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _ATT)[1]
         _project(TO_ROWS, n, h, cp, rows, w, 0, datt, 0, h, scratch, 0, 0, 0, 0.0)
+        mark(trace, K.DX)
         _attention_backward(
             datt, qkv, att, at + g[G.LSE], sequences, t, heads, d, types.int64(combine(key, 3 * layer + 1)),
             first_sequence, length, threshold, scratch, rows, keep_scale,
         )  # fmt: skip
+        mark(trace, K.ATTENTION_BACKWARD)
         db = _vector(segment, _tensor(g, layer, B_QKV), 3 * c)
         if db.size > 0:
             _clear(db, accumulate)
@@ -298,21 +327,27 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
             add_form_rows(rows, n, 3 * h, 3 * h, wide_sums, row_at)
             for j in range(3 * c):
                 db[j] += wide_sums[j // d * e + j % d]
+        mark(trace, K.RESIDUAL)
         _turn(rows, n, 3 * h, pairs, 0)
+        mark(trace, K.TURN)
         _turn(ln1, n, cp, columns, 1)
+        mark(trace, K.TURN)
         dw = segment + 4 * _tensor(g, layer, W_QKV)
         if d == e:
             _weight_gradient(columns, pairs, n, dw, c, 3 * c, accumulate, scratch)
         else:
             _weight_gradient(columns, pairs, n, wide, c, 3 * h, False, scratch)
             gather_heads(wide, 3 * h, c, c, d, e, matrix(dw, c, 3 * c), accumulate)
+        mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _QKV)[1]
         _multiply(n, c, 3 * h, rows, w, 3 * h // 32 * TILE, dt_at, 0, scratch)
+        mark(trace, K.DX)
         layernorm_backward(
             dt, matrix(x, n, c), _vector(params, _tensor(g, layer, G_LN1), c), stats[:n], stats[n : 2 * n],
             dx, _vector(segment, _tensor(g, layer, G_LN1), c), _vector(segment, _tensor(g, layer, B_LN1), c),
             accumulate,
         )  # fmt: skip
+        mark(trace, K.NORM_BACKWARD)
         progress[0] += 1
     if threshold > 0:
         dropout_sequences(dx, t, combine(key, 0), first_sequence, threshold, keep_scale)
@@ -320,6 +355,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
         dx, ids_N, length, t, matrix(segment + 4 * g[G.WTE], g[G.VOCAB], c),
         matrix(segment + 4 * g[G.WPE], g[G.BLOCK_SIZE], c), accumulate,
     )  # fmt: skip
+    mark(trace, K.EMBED_BACKWARD)
 
 
 @kernel
@@ -356,6 +392,7 @@ def compute_shard_bf16(
         sequences = min(at_a_time, count - first)
         n = sequences * t
         accumulate = first > 0
+        mark(g[G.TRACE], K.BEGIN)
         ids = _pad_tokens(inputs + 4 * first * length, sequences, length, 0, tokens(arena + g[G.IDS], room))
         wanted = _pad_tokens(targets + 4 * first * length, sequences, length, -1, tokens(arena + g[G.TARGETS], room))
         forward(g, params, packed, arena, ids, length, dropout_key, first_sequence + first, layers_done)
@@ -366,6 +403,7 @@ def compute_shard_bf16(
             arena + g[G.SCRATCH], arena + g[G.LOGITS], arena + g[G.TURNED], arena + g[G.DT],
             segment + 4 * g[G.WTE], 1 if accumulate else 0, scale,
         )  # fmt: skip
+        mark(g[G.TRACE], K.HEAD)
         backward(
             g, params, packed, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
         )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.functions import exp, log
-from cllm_spheres.crystal.jit import entry, kernel, reduction
+from cllm_spheres.crystal.functions import log
+from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
-from cllm_spheres.kernels.arrays import f4, floats, row_max
+from cllm_spheres.kernels.arrays import f4, floats
 from cllm_spheres.kernels.bf16.multiply import block, block_row
+from cllm_spheres.kernels.bf16.rows import dot_lines, scale_row, score_gradient_row, softmax_row
 from cllm_spheres.kernels.bf16.tiles import (
-    SIDE,
     TILE,
     flip_tile,
     line_of,
@@ -29,7 +29,6 @@ from cllm_spheres.kernels.bf16.tiles import (
 from cllm_spheres.kernels.dropout import dropout
 
 _i8 = types.int64
-_LOWEST = f4(-1e30)  # of a masked score: its exponential is 0
 
 
 @kernel
@@ -37,35 +36,6 @@ def scratch_bytes(t, e):
     """Bytes of scratch for sequences of t tokens (padded) and heads of e columns (padded)."""
     scores, squares, strips = 32 * t * 4, t * t * 2, t * e * 2
     return 2 * scores + 2 * (32 * t * 2) + 2 * squares + 6 * strips + 3 * 32 * e * 4 + 4096
-
-
-@reduction
-def _exp_row(row_J, shift, scale):
-    """row = exp((row - shift) * scale) in place; returns the sum. The length is a multiple of 32."""
-    total = f4(0)
-    for start in range(0, row_J.size, SIDE):
-        part = row_J[start : start + SIDE]
-        for j in range(SIDE):
-            e = exp((part[j] - shift) * scale)
-            part[j] = e
-            total += e
-    return total
-
-
-@reduction
-def _dot(x_E, y_E):
-    total = f4(0)
-    for start in range(0, x_E.size, SIDE):
-        x, y = x_E[start : start + SIDE], y_E[start : start + SIDE]
-        for j in range(SIDE):
-            total += x[j] * y[j]
-    return total
-
-
-@kernel
-def _mask(row, first):
-    for j in range(first, row.size):
-        row[j] = _LOWEST
 
 
 @kernel
@@ -96,6 +66,14 @@ def _columns_strips(source, step, t, e, target):
 
 
 @kernel
+def _drop(line, groups, row, first_index, real, key, threshold, keep_scale):
+    """Dropout of a row of probabilities in lines; row: address of room for it as float32."""
+    widen_row(line, row, groups, TILE)
+    dropout(floats(row, real), first_index, key, threshold, f4(keep_scale))
+    round_row(row, line, groups, TILE)
+
+
+@kernel
 def _scores(q, step, keys_flipped, e, first, scores, t):
     """scores[32, first + 32] = q k^T for the 32 queries at `first`, unscaled."""
     block_row(e, q + first // 16 * step, step, keys_flipped, 0, first // 32 + 1, scores, t)
@@ -117,6 +95,8 @@ def attention_forward(
     probabilities = scores + 32 * t * 4
     keys, values = probabilities + 32 * t * 2, probabilities + 32 * t * 2 + t * e * 2
     result = values + t * e * 2
+    stats = result + 32 * e * 4
+    stats_64 = floats(stats, 64)
     for b in range(sequences):
         for h in range(heads):
             q = qkv + b * (t // 16) * step + h * (e // 32) * TILE
@@ -128,17 +108,10 @@ def attention_forward(
                 seen = first + 32
                 _scores(q, step, keys, e, first, scores, t)
                 for r in range(32):
-                    row = floats(scores + 4 * r * t, seen)
-                    _mask(row[first:], r + 1)
-                    largest = row_max(row)
-                    total = _exp_row(row, largest, scale)
-                    lse_T[first + r] = largest * scale + f4(log(np.float64(total)))
-                    inverse = f4(1) / total
-                    for j in range(seen):
-                        row[j] *= inverse
+                    row, line = scores + 4 * r * t, line_of(probabilities, r, seen)
+                    softmax_row(row, line, seen // 32, r + 1, scale, stats + 8 * r)
                     if threshold > 0:
-                        dropout(row[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
-                    round_row(row.ctypes.data, line_of(probabilities, r, seen), seen // 32, TILE)
+                        _drop(line, seen // 32, row, (first + r) * length, first + r + 1, head_key, threshold, keep_scale)
                 strip = seen // 32 * TILE
                 for j in range(e // 32):
                     block(
@@ -147,19 +120,9 @@ def attention_forward(
                     )  # fmt: skip
                 for r in range(32):
                     line = line_of(out, b * t + first + r, wide) + h * (e // 32) * TILE
-                    round_row(result + 4 * r * e, line, e // 32, TILE)
+                    scale_row(result + 4 * r * e, line, e // 32, f4(1) / stats_64[2 * r + 1])
+                    lse_T[first + r] = stats_64[2 * r] + f4(log(np.float64(stats_64[2 * r + 1])))
     return 0
-
-
-@kernel
-def _score_gradients(p, dp, lse, delta, scale):
-    """p: scores -> probabilities; dp: their gradients -> gradients of the unscaled scores; multiples of 32."""
-    for start in range(0, p.size, SIDE):
-        x, y = p[start : start + SIDE], dp[start : start + SIDE]
-        for j in range(SIDE):
-            probability = exp(x[j] * scale - lse)
-            x[j] = probability
-            y[j] = probability * (y[j] - delta) * scale
 
 
 @kernel
@@ -198,8 +161,6 @@ def attention_backward(
     values_flipped, keys_pairs = keys_flipped + strip, keys_flipped + 2 * strip
     q_columns, dout_columns = keys_flipped + 3 * strip, keys_flipped + 4 * strip
     result = keys_flipped + 5 * strip
-    x_at = result + 4 * 32 * e
-    y_at = x_at + 4 * e
     for b in range(sequences):
         for h in range(heads):
             group = h * (e // 32)
@@ -218,19 +179,18 @@ def attention_backward(
                 _scores(q, step, keys_flipped, e, first, p, t)
                 _scores(do, out_step, values_flipped, e, first, dp, t)
                 for r in range(32):
-                    n = b * t + first + r
-                    row, drow = floats(p + 4 * r * t, seen), floats(dp + 4 * r * t, seen)
-                    widen_row(line_of(dout, n, wide) + group * TILE, x_at, e // 32, TILE)
-                    widen_row(line_of(out, n, wide) + group * TILE, y_at, e // 32, TILE)
-                    delta = _dot(floats(x_at, e), floats(y_at, e))
-                    _mask(row[first:], r + 1)
+                    row, drow = p + 4 * r * t, dp + 4 * r * t
+                    at = line_of(0, b * t + first + r, wide) + group * TILE
+                    delta = dot_lines(dout + at, out + at, e // 32)
+                    where, real = (first + r) * length, first + r + 1
                     if threshold > 0:
-                        dropout(drow[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
-                    _score_gradients(row, drow, lse_T[first + r], delta, scale)
+                        dropout(floats(drow, real), where, head_key, threshold, f4(keep_scale))
+                    p_line, ds_line = line_of(p_rows, r, seen), line_of(ds_rows, r, seen)
+                    score_gradient_row(
+                        row, drow, p_line, ds_line, seen // 32, r + 1, scale, lse_T[first + r], delta
+                    )
                     if threshold > 0:
-                        dropout(row[: first + r + 1], (first + r) * length, head_key, threshold, f4(keep_scale))
-                    round_row(row.ctypes.data, line_of(p_rows, r, seen), seen // 32, TILE)
-                    round_row(drow.ctypes.data, line_of(ds_rows, r, seen), seen // 32, TILE)
+                        _drop(p_line, seen // 32, row, where, real, head_key, threshold, keep_scale)
                 line = seen // 32 * TILE
                 for j in range(seen // 32):
                     at = (2 * j * down + first // 32) * TILE

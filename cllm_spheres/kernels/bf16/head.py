@@ -11,21 +11,15 @@ import numpy as np
 from numba import types
 
 from cllm_spheres.crystal.functions import exp, log
-from cllm_spheres.crystal.jit import entry, kernel, reduction
-from cllm_spheres.kernels.arrays import f4, floats, row_max, tokens
+from cllm_spheres.crystal.jit import entry, kernel
+from cllm_spheres.kernels.arrays import f4, floats, tokens
 from cllm_spheres.kernels.bf16.multiply import block_row, product
+from cllm_spheres.kernels.bf16.rows import largest_in_row, softmax_gradient_row, sum_of_exp
 from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, padded, round_row
 
 _i8, _d8 = types.int64, types.float64
+_LOWEST = f4(-1e30)  # smaller than any logit
 CHUNK = 1024  # columns of the vocabulary
-
-
-@reduction
-def _sum_of_exp(row_V, shift):
-    total = f4(0)
-    for j in range(row_V.size):
-        total += exp(row_V[j] - shift)
-    return total
 
 
 @kernel
@@ -38,44 +32,46 @@ def _logits(x, row, inner, wte_flipped, first, count, scratch):
 @kernel
 def _begin(largest_N, sums_N, at_target_N):
     for n in range(largest_N.size):
-        largest_N[n] = f4(-np.inf)
+        largest_N[n] = _LOWEST
         sums_N[n] = f4(0)
         at_target_N[n] = f4(0)
 
 
 @kernel
-def _take_in(scratch, row, targets_N, first, count, largest_N, sums_N, at_target_N):
+def _take_in(scratch, first_row, targets_N, first, count, largest_N, sums_N, at_target_N):
     """Add a block's columns to its rows' running maxima and sums of exponentials."""
     for r in range(32):
-        n = row + r
-        x = floats(scratch + 4 * CHUNK * r, count)
-        largest = max(largest_N[n], row_max(x))
-        sums_N[n] = sums_N[n] * exp(largest_N[n] - largest) + _sum_of_exp(x, largest)
+        n = first_row + r
+        row, groups, rest = scratch + 4 * CHUNK * r, count // 32, count % 32
+        largest = largest_in_row(row, groups, rest, largest_N[n])
+        sums_N[n] = sums_N[n] * exp(largest_N[n] - largest) + sum_of_exp(row, groups, rest, largest)
         largest_N[n] = largest
         target = targets_N[n] - first
         if target >= 0 and target < count:
-            at_target_N[n] = x[target]
+            at_target_N[n] = floats(row, count)[target]
 
 
 @kernel
-def _gradient(scratch, row, targets_N, first, count, lse_N, scale, form, columns):
+def _gradient(scratch, first_row, targets_N, first, count, lse_N, scale, form, columns):
     """rows form of (softmax - onehot) * scale; rows with a negative target are padding: zero."""
     for r in range(32):
-        n = row + r
-        x = floats(scratch + 4 * CHUNK * r, columns)
-        if targets_N[n] < 0:
-            for j in range(columns):
-                x[j] = f4(0)
-        else:
-            shift = lse_N[n]
-            for j in range(count):
-                x[j] = exp(x[j] - shift) * scale
-            for j in range(count, columns):
-                x[j] = f4(0)
-            target = targets_N[n] - first
-            if target >= 0 and target < count:
-                x[target] -= scale
-        round_row(x.ctypes.data, line_of(form, n, columns), columns // 32, TILE)
+        n = first_row + r
+        target = targets_N[n] - first
+        row, line = scratch + 4 * CHUNK * r, line_of(form, n, columns)
+        if target + first < 0:
+            floats(row, columns)[:] = f4(0)
+            round_row(row, line, columns // 32, TILE)
+            continue
+        softmax_gradient_row(row, line, count // 32, count % 32, lse_N[n], scale)
+        if target >= 0 and target < count:
+            # One line more, with the target's probability less one.
+            group = target // 32
+            x = floats(row + 128 * group, 32)
+            for j in range(32):
+                at = 32 * group + j
+                e = exp(x[j] - lse_N[n]) * scale if at < count else f4(0)
+                x[j] = e - scale if at == target else e
+            round_row(row + 128 * group, line + group * TILE, 1, TILE)
 
 
 @kernel

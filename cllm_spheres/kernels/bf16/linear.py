@@ -11,25 +11,18 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import f4, floats, integers
 from cllm_spheres.kernels.bf16.multiply import B_BYTES, block_row, product
-from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
+from cllm_spheres.kernels.bf16.tiles import LINE, TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
+from cllm_spheres.kernels.bf16.rows import gelu_backward_row, gelu_row
 from cllm_spheres.kernels.dropout import dropout
-from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 
 SWEEP = 256  # columns that are finished together: 32 KB of float32, which stay in L1
 TO_ROWS, TO_GELU, TO_RESIDUAL, THROUGH_GELU = range(4)
 _i8 = types.int64
-SCRATCH_FLOATS = 34 * SWEEP  # a block of 32 rows, and two rows more
-
-
-@kernel
-def _groups(count):
-    return (count + 31) // 32
+SCRATCH_FLOATS = 32 * SWEEP
 
 
 @kernel
 def _add_bias(scratch, column, count, bias):
-    if bias == 0:
-        return
     b = floats(bias + 4 * column, count)
     for r in range(32):
         x = floats(scratch + 4 * SWEEP * r, count)
@@ -38,35 +31,23 @@ def _add_bias(scratch, column, count, bias):
 
 
 @kernel
-def _to_rows(scratch, row, column, count, form, columns):
+def _to_rows(scratch, at, step, groups, form):
     for r in range(32):
-        line = line_of(form, row + r, columns) + column // 32 * TILE
-        round_row(scratch + 4 * SWEEP * r, line, _groups(count), TILE)
+        round_row(scratch + 4 * SWEEP * r, form + at + r // 16 * step + r % 16 * LINE, groups, TILE)
 
 
 @kernel
-def _to_gelu(scratch, row, column, count, before, after, columns):
-    spare = scratch + 4 * SWEEP * 32
-    activated, at = floats(spare, SWEEP), column // 32 * TILE
-    activated[count:] = f4(0)
+def _to_gelu(scratch, at, step, groups, before, after):
     for r in range(32):
-        gelu_forward(floats(scratch + 4 * SWEEP * r, count), activated)
-        round_row(scratch + 4 * SWEEP * r, line_of(before, row + r, columns) + at, _groups(count), TILE)
-        round_row(spare, line_of(after, row + r, columns) + at, _groups(count), TILE)
+        line = at + r // 16 * step + r % 16 * LINE
+        gelu_row(scratch + 4 * SWEEP * r, before + line, after + line, groups)
 
 
 @kernel
-def _through_gelu(scratch, row, column, count, before, form, columns, sums):
-    spare, at = scratch + 4 * SWEEP * 32, column // 32 * TILE
+def _through_gelu(scratch, at, step, groups, before, form, sums):
     for r in range(32):
-        gradient = floats(scratch + 4 * SWEEP * r, count)
-        widen_row(line_of(before, row + r, columns) + at, spare, _groups(count), TILE)
-        gelu_backward(floats(spare, count), gradient)
-        if sums != 0:
-            total = floats(sums + 4 * column, count)
-            for j in range(count):
-                total[j] += gradient[j]
-        round_row(scratch + 4 * SWEEP * r, line_of(form, row + r, columns) + at, _groups(count), TILE)
+        line = at + r // 16 * step + r % 16 * LINE
+        gelu_backward_row(scratch + 4 * SWEEP * r, before + line, form + line, sums, groups)
 
 
 @kernel
@@ -92,7 +73,8 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
     TO_ROWS       first = rows form of it
     TO_GELU       first = rows form of it, second = rows form of its GELU
     TO_RESIDUAL   second = first + dropout(it), float32; keys: uint64, of the sequences, each `length` padded rows
-    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys` (0: none)
+    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys` (0: none), which has room for
+                  padded columns
     """
     strip = (inner // 32) * TILE
     blocks = (n + 31) // 32
@@ -104,13 +86,15 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
                 width, row, column = min(SWEEP // 32, last - j), 32 * i, 32 * j
                 count = min(n - column, 32 * width)
                 block_row(inner, a + 2 * i * strip, strip, b, j, width, scratch, SWEEP)
-                _add_bias(scratch, column, count, bias)
+                if bias != 0:
+                    _add_bias(scratch, column, count, bias)
+                at, step = 2 * i * (columns // 32) * TILE + j * TILE, columns // 32 * TILE
                 if ending == TO_ROWS:
-                    _to_rows(scratch, row, column, count, first, columns)
+                    _to_rows(scratch, at, step, width, first)
                 elif ending == TO_GELU:
-                    _to_gelu(scratch, row, column, count, first, second, columns)
+                    _to_gelu(scratch, at, step, width, first, second)
                 elif ending == THROUGH_GELU:
-                    _through_gelu(scratch, row, column, count, first, second, columns, keys)
+                    _through_gelu(scratch, at, step, width, first, second, keys + 4 * column if keys != 0 else 0)
                 else:
                     _to_residual(
                         scratch, row, column, count, first, second, columns, keys, length, threshold, keep_scale

@@ -16,18 +16,29 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.lanes import (
+    FLOATS,
+    WORDS,
+    Lanes,
+    constant,
+    each,
+    first_lanes,
+    function,
+    load,
+    place,
+    store,
+    vectorised,
+)
 
 TILE = 1024  # bytes
 LINE = 64
 SIDE = 32  # all sizes are padded to it
 
-_i8, _i16, _i32, _i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_float16 = ir.VectorType(ir.FloatType(), 16)
-_words16, _words32 = ir.VectorType(_i32, 16), ir.VectorType(_i16, 32)
+_i16, _i32 = ir.IntType(16), ir.IntType(32)
+_words32 = ir.VectorType(_i16, 32)
+_int64 = types.int64
 
 
 class BFloat(ir.types.Type):
@@ -38,14 +49,6 @@ class BFloat(ir.types.Type):
 
 
 _bfloat32 = ir.VectorType(BFloat(), 32)
-
-
-def _function(b, name, result, arguments):
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
-
-
-def _constant(value):
-    return ir.Constant(_i64, value)
 
 
 def _load(b, address, offset, vector):
@@ -62,68 +65,51 @@ def _shuffle(b, low, high, mask):
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_i32, len(mask)), mask))
 
 
-def _loop(b, count):
-    return cgutils.for_range(b, count, intp=_i64)
+def store_line(b, halves, address, offset):
+    """Two times 16 float32 -> a line of 32 bfloat16 at address + offset bytes."""
+    convert = function(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _bfloat32, [FLOATS, FLOATS])
+    line = b.call(convert, [halves[1].value, halves[0].value])
+    _store(b, b.bitcast(line, _words32), address, offset)
 
 
-@intrinsic
-def round_row(typing_context, row, line, groups, step):
+def load_line(b, address, offset):
+    """A line -> two times 16 float32."""
+    words = _load(b, address, offset, _words32)
+    sixteen = ir.Constant(WORDS, [16] * 16)
+    parts = (_shuffle(b, words, words, list(range(16 * half, 16 * half + 16))) for half in range(2))
+    return [Lanes(b, b.bitcast(b.shl(b.zext(part, WORDS), sixteen), FLOATS)) for part in parts]
+
+
+@vectorised(*[_int64] * 4)
+def round_row(b, row, line, groups, step):
     """A line for each of `groups` groups of 32 float32 at `row`, `step` bytes from one to the next."""
-
-    def generate(context, b, signature, arguments):
-        source, target, count, step = arguments
-        convert = _function(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _bfloat32, [_float16, _float16])
-        with _loop(b, count) as loop:
-            at = b.mul(loop.index, _constant(128))
-            low, high = (_load(b, source, b.add(at, _constant(offset)), _float16) for offset in (0, 64))
-            _store(b, b.bitcast(b.call(convert, [high, low]), _words32), target, b.mul(loop.index, step))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
+    with each(b, groups) as loop:
+        at = b.mul(loop.index, constant(128))
+        halves = [load(b, row, at), load(b, row, b.add(at, constant(64)))]
+        store_line(b, halves, line, b.mul(loop.index, step))
 
 
-@intrinsic
-def round_part(typing_context, source, line, count):
+@vectorised(*[_int64] * 3)
+def round_part(b, source, line, count):
     """One line from `count` <= 32 float32; the rest of it is zero. Nothing beyond them is read."""
-
-    def generate(context, b, signature, arguments):
-        source, target, count = arguments
-        mask_type = ir.VectorType(ir.IntType(1), 16)
-        load = _function(
-            b, "llvm.masked.load.v16f32.p0", _float16, [_float16.as_pointer(), _i32, mask_type, _float16]
-        )
-        convert = _function(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _bfloat32, [_float16, _float16])
-        wanted = b.trunc(count, _i32)
-        halves = []
-        for half in range(2):
-            lanes = ir.Constant(_words16, [16 * half + i for i in range(16)])
-            one = b.insert_element(ir.Constant(_words16, ir.Undefined), wanted, ir.Constant(_i32, 0))
-            mask = b.icmp_signed("<", lanes, _shuffle(b, one, one, [0] * 16))
-            pointer = b.inttoptr(b.add(source, _constant(64 * half)), _float16.as_pointer())
-            halves.append(b.call(load, [pointer, ir.Constant(_i32, 4), mask, ir.Constant(_float16, [0.0] * 16)]))
-        _store(b, b.bitcast(b.call(convert, [halves[1], halves[0]]), _words32), target, _constant(0))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
+    mask_type = ir.VectorType(ir.IntType(1), 16)
+    masked = function(b, "llvm.masked.load.v16f32.p0", FLOATS, [FLOATS.as_pointer(), _i32, mask_type, FLOATS])
+    halves = []
+    for half in range(2):
+        pointer, mask = place(b, source, 64 * half, FLOATS), first_lanes(b, count, 16 * half)
+        value = b.call(masked, [pointer, ir.Constant(_i32, 4), mask, ir.Constant(FLOATS, [0.0] * 16)])
+        halves.append(Lanes(b, value))
+    store_line(b, halves, line, constant(0))
 
 
-@intrinsic
-def widen_row(typing_context, line, row, groups, step):
+@vectorised(*[_int64] * 4)
+def widen_row(b, line, row, groups, step):
     """The opposite of round_row: 32 float32 at `row` from each line."""
-
-    def generate(context, b, signature, arguments):
-        source, target, count, step = arguments
-        sixteen = ir.Constant(_words16, [16] * 16)
-        with _loop(b, count) as loop:
-            words = _load(b, source, b.mul(loop.index, step), _words32)
-            at = b.mul(loop.index, _constant(128))
-            for half in range(2):
-                part = _shuffle(b, words, words, list(range(16 * half, 16 * half + 16)))
-                value = b.bitcast(b.shl(b.zext(part, _words16), sixteen), _float16)
-                _store(b, value, target, b.add(at, _constant(64 * half)))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
+    with each(b, groups) as loop:
+        at = b.mul(loop.index, constant(128))
+        low, high = load_line(b, line, b.mul(loop.index, step))
+        store(low, row, at)
+        store(high, row, b.add(at, constant(64)))
 
 
 _PAIRS = [[x for i in range(16) for x in (16 * half + i, 32 + 16 * half + i)] for half in range(2)]
@@ -132,8 +118,8 @@ _PAIRS = [[x for i in range(16) for x in (16 * half + i, 32 + 16 * half + i)] fo
 def _interleaved(b, upper, lower, pair):
     """Lines 2 * pair and 2 * pair + 1 of two tiles, one below the other -> a line of each of the tiles in pairs."""
     tile, row = (upper, 2 * pair) if pair < 8 else (lower, 2 * pair - 16)
-    first, second = (_load(b, tile, _constant(LINE * (row + i)), _words32) for i in range(2))
-    return [b.bitcast(_shuffle(b, first, second, mask), _words16) for mask in _PAIRS]
+    first, second = (_load(b, tile, constant(LINE * (row + i)), _words32) for i in range(2))
+    return [b.bitcast(_shuffle(b, first, second, mask), WORDS) for mask in _PAIRS]
 
 
 def _transposed(b, lines):
@@ -150,31 +136,20 @@ def _transposed(b, lines):
     return lines
 
 
-@intrinsic
-def flip_tile(typing_context, source, target):
+@vectorised(_int64, _int64)
+def flip_tile(b, source, target):
     """The 16 x 16 words of a tile transposed: rows -> flipped, pairs -> columns, and back."""
-
-    def generate(context, b, signature, arguments):
-        lines = [_load(b, arguments[0], _constant(LINE * i), _words16) for i in range(16)]
-        for i, line in enumerate(_transposed(b, lines)):
-            _store(b, line, arguments[1], _constant(LINE * i))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+    lines = [_load(b, source, constant(LINE * i), WORDS) for i in range(16)]
+    for i, line in enumerate(_transposed(b, lines)):
+        _store(b, line, target, constant(LINE * i))
 
 
-@intrinsic
-def pair_block(typing_context, upper, lower, first, second):
+@vectorised(*[_int64] * 4)
+def pair_block(b, upper, lower, first, second):
     """Two tiles in rows, one below the other: 32 rows of 32 channels -> two tiles in pairs, 16 channels each."""
-
-    def generate(context, b, signature, arguments):
-        upper, lower, *targets = arguments
-        for pair in range(16):
-            for target, line in zip(targets, _interleaved(b, upper, lower, pair), strict=True):
-                _store(b, line, target, _constant(LINE * pair))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
+    for pair in range(16):
+        for target, line in zip((first, second), _interleaved(b, upper, lower, pair), strict=True):
+            _store(b, line, target, constant(LINE * pair))
 
 
 @kernel
@@ -220,26 +195,20 @@ def columns_of(rows_form, columns_form, n, c):
     flip(columns_form, columns_form, (n // 32) * (c // 16))
 
 
-@intrinsic
-def transpose_block(typing_context, address):
+@vectorised(_int64)
+def transpose_block(b, address):
     """float32[32, 32] transposed in place."""
 
-    def generate(context, b, signature, arguments):
-        (base,) = arguments
+    def corner(row, column):
+        offsets = [constant(128 * (row + i) + 4 * column) for i in range(16)]
+        return offsets, _transposed(b, [_load(b, address, offset, WORDS) for offset in offsets])
 
-        def corner(row, column):
-            offsets = [_constant(128 * (row + i) + 4 * column) for i in range(16)]
-            return offsets, _transposed(b, [_load(b, base, offset, _words16) for offset in offsets])
+    def put(offsets, lines):
+        for offset, line in zip(offsets, lines, strict=True):
+            _store(b, line, address, offset)
 
-        def put(offsets, lines):
-            for offset, line in zip(offsets, lines, strict=True):
-                _store(b, line, base, offset)
-
-        for at in (0, 16):
-            put(*corner(at, at))
-        upper, lower = corner(0, 16), corner(16, 0)
-        put(upper[0], lower[1])
-        put(lower[0], upper[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+    for at in (0, 16):
+        put(*corner(at, at))
+    upper, lower = corner(0, 16), corner(16, 0)
+    put(upper[0], lower[1])
+    put(lower[0], upper[1])
