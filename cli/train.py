@@ -76,7 +76,7 @@ def train(
     """
     from cllm_spheres.training.launch import Launch
 
-    with Launch() as launch:  # it warms up while the rest is imported and the text is prepared
+    with Launch(None if resume else options["dtype"] or "auto") as launch:
         from cllm_spheres_cli.progress import interruptible, progress_of
         from rich.console import Console
 

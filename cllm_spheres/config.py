@@ -75,7 +75,11 @@ class Config(BaseModel):
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, on matrices only.")
     clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm; 0 is off.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped while training.")
-    dtype: Literal["fp32"] = Field("fp32", description="Arithmetic of the kernels.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the matrix products: fp32; bf16, bfloat16 with float32 sums and weights; or auto, "
+        "bf16 where the CPU has it (AMX or AVX512-BF16) and else fp32.",
+    )
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")
 
     eval_every: int | None = Field(

@@ -12,6 +12,7 @@ divide-by-zero check that stops vectorisation.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import sys
 import tempfile
@@ -21,9 +22,11 @@ from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
+import llvmlite.ir as ir
 import numba
 import numpy as np
 from numba import types
+from numba.extending import intrinsic
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
@@ -79,14 +82,14 @@ def _cache_folder() -> Path:
 CACHE_FOLDER = _cache_folder()
 
 
-def is_cold() -> bool:
-    """True where the kernels have not been compiled on this machine yet (it takes about half a minute)."""
-    return not (CACHE_FOLDER / "complete").exists()
+def is_cold(what: str) -> bool:
+    """True where these kernels have not been compiled on this machine yet (it takes about half a minute)."""
+    return not (CACHE_FOLDER / f"complete-{what}").exists()
 
 
-def mark_warm() -> None:
-    """Remember that every kernel has been compiled into the cache."""
-    (CACHE_FOLDER / "complete").touch()
+def mark_warm(what: str) -> None:
+    """Remember that these kernels have been compiled into the cache."""
+    (CACHE_FOLDER / f"complete-{what}").touch()
 
 
 def _decorate(decorator: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Any], Any]:
@@ -113,6 +116,26 @@ def reduction(function: Any) -> Any:
     return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract", "reassoc"})(function)
 
 
+def at_address(signature: Any) -> Any:
+    """A function for jitted code that calls what is at an address: f(address, *arguments).
+
+    For code that is chosen when a program runs. signature: of int64 and float64, as an `Entry` has.
+    """
+    to_llvm = {types.int64: ir.IntType(64), types.float64: ir.DoubleType()}
+    kind = ir.FunctionType(to_llvm[signature.return_type], [to_llvm[a] for a in signature.args])
+
+    def call(typing_context: Any, address: Any, *given: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            return b.call(b.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+
+        return signature.return_type(types.int64, *signature.args), generate
+
+    names = ["typing_context", "address", *(f"argument_{i}" for i in range(len(signature.args)))]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return intrinsic(call)
+
+
 class Entry:
     """A phase's one machine code: compiled once with one signature, called by address from everywhere.
 
@@ -125,6 +148,7 @@ class Entry:
         symbol = f"cllm_spheres_{function.__name__}"
         llvm.add_symbol(symbol, compiled.address)
         self._keep = compiled
+        self.address = int(compiled.address)
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self.call: Callable[..., Any] = compiled.ctypes

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.bf16.attention import scratch_bytes
-from cllm_spheres.kernels.bf16.head import CHUNK
-from cllm_spheres.kernels.bf16.linear import SCRATCH_FLOATS
+from cllm_spheres.kernels.bf16.sizes import CHUNK, SWEEP, attention_bytes, padded
 from cllm_spheres.kernels.sizes import ALIGN
 from cllm_spheres.model.geometry import Geometry
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
@@ -56,11 +54,6 @@ class Packed:
     units: int
 
 
-def padded(n: int) -> int:
-    """n raised to a multiple of 32."""
-    return -(-n // 32) * 32
-
-
 def padded_groups(size: int, group: int) -> int:
     """Size of rows or columns that come in groups, each padded to 32."""
     return size // group * padded(group)
@@ -70,11 +63,15 @@ def packed(layout: Layout) -> Packed:
     """Where the packed forms of every matrix lie: those of each layer, then the token embedding."""
     s = layout.shape
     d, c, f = s.width // s.heads, s.width, s.ff_width
-    matrices, end, units = [], 0, 0
-    sizes = [("attn.c_attn", c, 3 * c, c, d), ("attn.c_proj", c, c, d, c), ("mlp.c_fc", c, f, c, f),
-             ("mlp.c_proj", f, c, f, c)]  # fmt: skip
-    wanted = [(f"h.{i}.{name}.weight", *rest) for i in range(s.layers) for name, *rest in sizes]
-    for name, rows, columns, row_group, column_group in [*wanted, ("wte.weight", s.vocab_size, c, s.vocab_size, c)]:
+    matrices: list[tuple[int, ...]] = []
+    end = units = 0
+    wanted = [("wte.weight", s.vocab_size, c, s.vocab_size, c)]
+    for i in reversed(range(s.layers)):
+        wanted = [
+            (f"h.{i}.attn.c_attn.weight", c, 3 * c, c, d), (f"h.{i}.attn.c_proj.weight", c, c, d, c),
+            (f"h.{i}.mlp.c_fc.weight", c, f, c, f), (f"h.{i}.mlp.c_proj.weight", f, c, f, c), *wanted,
+        ]  # fmt: skip
+    for name, rows, columns, row_group, column_group in wanted:
         down, across = padded_groups(rows, row_group), padded_groups(columns, column_group)
         size = down * across * 2
         matrices.append((layout.offset_of(name), rows, columns, row_group, column_group, end, end + size, units))
@@ -120,7 +117,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     shared = place(
         dict(x_last=4 * n * s.width, lnf=2 * n * c, lnf_stats=8 * n, dx=4 * n * s.width, dt=4 * n * s.width,
              keys=8 * sequences, row=4 * widest, wide_bias=8 * 3 * h, ids=4 * n, targets=4 * n,
-             scratch=max(4 * SCRATCH_FLOATS, 4 * 32 * CHUNK, scratch_bytes(t, e))), s.layers * one_layer,
+             scratch=max(4 * 32 * SWEEP, 4 * 32 * CHUNK, attention_bytes(t, e))), s.layers * one_layer,
     )  # fmt: skip
     # The head is done before the layers' backward begins: their buffers share one place.
     spread = 4 * h * max(3 * h, c) if e != d else 0

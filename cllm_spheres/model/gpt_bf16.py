@@ -13,6 +13,7 @@ from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
+from cllm_spheres.kernels import trace as K
 from cllm_spheres.kernels.arrays import add_rows, f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.bf16.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.bf16.head import head_loss, head_loss_backward
@@ -33,7 +34,6 @@ from cllm_spheres.kernels.bf16.norm import layernorm_rows
 from cllm_spheres.kernels.bf16.tiles import TILE, padded
 from cllm_spheres.kernels.dropout import dropout_sequences
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
-from cllm_spheres.kernels import trace as K
 from cllm_spheres.kernels.layernorm import layernorm_backward
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry_bf16 as G
@@ -52,7 +52,7 @@ from cllm_spheres.model.layout import (
     W_QKV,
     W_UP,
 )  # fmt: skip
-from cllm_spheres.model.packing_bf16 import card, matrix_at
+from cllm_spheres.model.packing import card, matrix_at
 
 _PER_LAYER = len(LAYER_TENSORS)
 _QKV, _ATT, _UP, _DOWN = range(4)  # a layer's packed matrices
@@ -173,7 +173,14 @@ def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progre
     wide_bias[:] = f4(0)
     for layer in range(g[G.LAYERS]):
         at = arena + layer * g[G.LAYER_BYTES]
-        x, mid, ln1, ln2, qkv, att = at + g[G.X], at + g[G.MID], at + g[G.LN1], at + g[G.LN2], at + g[G.QKV], at + g[G.ATT]
+        x, mid, ln1, ln2, qkv, att = (
+            at + g[G.X],
+            at + g[G.MID],
+            at + g[G.LN1],
+            at + g[G.LN2],
+            at + g[G.QKV],
+            at + g[G.ATT],
+        )
         up, act = at + g[G.UP], at + g[G.ACT]
         stats = floats(at + g[G.STATS], 4 * n)
         following = x + g[G.LAYER_BYTES] if layer + 1 < g[G.LAYERS] else arena + g[G.X_LAST]
@@ -262,7 +269,14 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
     mark(trace, K.NORM_BACKWARD)
     for layer in range(g[G.LAYERS] - 1, -1, -1):
         at = arena + layer * g[G.LAYER_BYTES]
-        x, mid, ln1, ln2, qkv, att = at + g[G.X], at + g[G.MID], at + g[G.LN1], at + g[G.LN2], at + g[G.QKV], at + g[G.ATT]
+        x, mid, ln1, ln2, qkv, att = (
+            at + g[G.X],
+            at + g[G.MID],
+            at + g[G.LN1],
+            at + g[G.LN2],
+            at + g[G.QKV],
+            at + g[G.ATT],
+        )
         up, act = at + g[G.UP], at + g[G.ACT]
         stats = floats(at + g[G.STATS], 4 * n)
 

@@ -1,27 +1,80 @@
-"""The float32 weights -> the form in which the kernels of a dtype read them, rebuilt at the start of every step.
+"""The float32 weights -> the forms in which the bfloat16 products take them, unit by unit.
 
-The work is cut into units that any worker may do in any order: a unit is a pure function of the weights, and no two
-units write the same bytes. Float32 kernels read the weights as they are: nothing is packed.
+A unit is 32 rows of a matrix and up to 512 columns. It is a pure function of the parameters: who packs it does not
+matter, and packing again changes nothing.
 """
 
 from __future__ import annotations
 
 from numba import types
 
-from cllm_spheres.crystal.jit import entry
-from cllm_spheres.model.layout import Layout
+from cllm_spheres.crystal.jit import entry, kernel
+from cllm_spheres.kernels.arrays import integers
+from cllm_spheres.kernels.bf16.tiles import TILE, flip_tile, line_of, padded, pair_block, round_part
+from cllm_spheres.kernels.fpu import flush_subnormals, restore
+from cllm_spheres.model import geometry_bf16 as G
+from cllm_spheres.model.layout import LAYER_TENSORS
 
 _i8 = types.int64
 
 
-def packed_sizes(layout: Layout, dtype: str) -> tuple[int, int]:
-    """(bytes of all packed weights, units of work that fill them); (0, 0) where nothing is packed."""
-    if dtype != "fp32":
-        raise ValueError(f"no kernels for dtype {dtype!r}")
-    return 0, 0
+@kernel
+def card(address):
+    """The geometry's array; its length depends on the numbers of layers and matrices, which stand in it."""
+    scalars = integers(address, G.LAYER_OFFSETS)
+    tables = scalars[G.LAYERS] * len(LAYER_TENSORS) + scalars[G.MATRICES] * G.MATRIX_WORDS
+    return integers(address, G.LAYER_OFFSETS + tables)
+
+
+@kernel
+def matrix_at(g, matrix):
+    """Where a matrix's numbers stand in the card."""
+    return G.LAYER_OFFSETS + g[G.LAYERS] * len(LAYER_TENSORS) + matrix * G.MATRIX_WORDS
+
+
+@kernel
+def _padded_size(size, group):
+    return size // group * padded(group)
 
 
 @entry(_i8(_i8, _i8, _i8, _i8))
-def pack_unit(geometry, params, packed, unit):
-    """Fill one unit of the packed weights; returns 0. Addresses: geometry int64, params float32, packed bytes."""
+def pack_unit_bf16(geometry, params, packed, unit):
+    """Both forms of one unit. geometry, params (float32), packed: addresses."""
+    state = flush_subnormals()
+    g = card(geometry)
+    m = matrix_at(g, 0)
+    while m + G.MATRIX_WORDS < g.size and g[m + G.MATRIX_WORDS + G.M_FIRST_UNIT] <= unit:
+        m += G.MATRIX_WORDS
+    rows, columns, row_group, column_group = (
+        g[m + G.M_ROWS],
+        g[m + G.M_COLUMNS],
+        g[m + G.M_ROW_GROUP],
+        g[m + G.M_COLUMN_GROUP],
+    )
+    down, across = _padded_size(rows, row_group), _padded_size(columns, column_group)
+    chunks = (across // 32 + G.GROUPS_A_UNIT - 1) // G.GROUPS_A_UNIT
+    index = unit - g[m + G.M_FIRST_UNIT]
+    block, first = index // chunks, index % chunks * G.GROUPS_A_UNIT
+    last = min(first + G.GROUPS_A_UNIT, across // 32)
+    source = params + 4 * g[m + G.M_PARAMS]
+    pairs, flipped = packed + g[m + G.M_PAIRS], packed + g[m + G.M_FLIPPED]
+    row_step, column_step = padded(row_group), padded(column_group)
+    # The rows form stands for a moment where the flipped form goes: they are turned in place.
+    for r in range(32 * block, 32 * block + 32):
+        row = r // row_step * row_group + r % row_step
+        real = r % row_step < row_group and row < rows
+        line = line_of(flipped, r, across)
+        for j in range(first, last):
+            column = 32 * j % column_step
+            count = min(32, column_group - column) if real else 0
+            at = row * columns + 32 * j // column_step * column_group + column
+            round_part(source + 4 * at, line + j * TILE, count)
+    strip, step = across // 32 * TILE, down // 32 * TILE
+    for j in range(first, last):
+        upper = flipped + 2 * block * strip + j * TILE
+        target = pairs + 2 * j * step + block * TILE
+        pair_block(upper, upper + strip, target, target + step)
+        flip_tile(upper, upper)
+        flip_tile(upper + strip, upper + strip)
+    restore(state)
     return 0

@@ -18,6 +18,7 @@ FIELDS = (
     "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
     "window_losses", "norms", "slot", "params", "moments", "squares", "gradient", "packed", "segments",
     "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
+    "compute_shard", "evaluate_window", "pack_unit",
 )  # fmt: skip
 (
     WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
@@ -26,6 +27,7 @@ FIELDS = (
     CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
     WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
     BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
+    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT,
 ) = range(len(FIELDS))  # fmt: skip
 
 

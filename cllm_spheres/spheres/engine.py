@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.jit import entry, kernel
+from cllm_spheres.crystal.jit import at_address, entry, kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
 from cllm_spheres.kernels.arrays import doubles, integers, tokens
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm, sum_block
@@ -38,18 +38,17 @@ from cllm_spheres.kernels.optimizer import (
     update_block,
 )  # fmt: skip
 from cllm_spheres.kernels.sizes import BLOCK
-from cllm_spheres.model.gpt import compute_shard, evaluate_window
 from cllm_spheres.model.initialise import initialise_block
-from cllm_spheres.model.packing import pack_unit
 from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import add, clock_ns, exchange_if, load, store, wait_while
 from cllm_spheres.text.batches import read_window, shard, window_start
 
-# The phases' one machine code, called by address.
-_pack_unit = pack_unit.external
-_compute_shard = compute_shard.external
-_evaluate_window = evaluate_window.external
+# The phases' one machine code, called by address; that of a dtype stands in the context.
+_i8, _d8 = types.int64, types.float64
+_pack_unit = at_address(_i8(*[_i8] * 4))
+_compute_shard = at_address(_d8(*[_i8] * 9, _d8, *[_i8] * 3))
+_evaluate_window = at_address(_d8(*[_i8] * 8))
 _initialise_block = initialise_block.external
 _gather_block = gather_block.external
 _sum_block = sum_block.external
@@ -65,7 +64,7 @@ def _pack(x):
     """This worker's units of the packed weights; nothing where the kernels read float32."""
     worker, workers, units = x[C.WORKER], x[C.NUM_WORKERS], x[C.PACK_UNITS]
     for unit in range(worker * units // workers, (worker + 1) * units // workers):
-        _pack_unit(x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], unit)
+        _pack_unit(x[C.PACK_UNIT], x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], unit)
 
 
 @kernel
@@ -84,6 +83,7 @@ def _compute(x, step):
                 tokens(x[C.INPUTS] + 4 * i * length, length), tokens(x[C.TARGETS] + 4 * i * length, length),
             )  # fmt: skip
         loss = _compute_shard(
+            x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
             x[C.TARGETS], count, length, scale, key, first, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
@@ -285,6 +285,7 @@ def _evaluate(x, first, last):
             tokens(x[C.TARGETS], lengths[i]),
         )
         losses[i] = _evaluate_window(
+            x[C.EVALUATE_WINDOW],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.ARENA], x[C.INPUTS], x[C.TARGETS], lengths[i],
             C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
@@ -303,6 +304,7 @@ def _rehearse(x):
     for turn in range(20):
         start = C.now(x)
         _compute_shard(
+            x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + x[C.WORKER] * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
             x[C.TARGETS], 1, length, 1.0 / length, 0, 0, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cllm_spheres.model import packing
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.memory import Sizes
 
@@ -40,7 +40,7 @@ class Job:
     @property
     def sizes(self) -> Sizes:
         layout = Layout(self.shape)
-        packed_bytes, pack_units = packing.packed_sizes(layout, self.dtype)
+        packed_bytes, pack_units = dtypes.packed_sizes(layout, self.dtype)
         return Sizes(
             num_parameters=layout.size,
             num_spheres=self.spheres,

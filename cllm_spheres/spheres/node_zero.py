@@ -73,11 +73,11 @@ class NodeZero:
         self._server, self._connection = server.process, server.connection
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        while not self._warm.wait(LOOK_AROUND_S):
-            self._look()
-            self._check_server()
         request = {"spawn": list(range(self.job.workers)), "job": self.job.to_dict()}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [self.memory.descriptor])
+        while not self._warm.wait(LOOK_AROUND_S):  # it may compile for a while
+            self._look()
+            self._check_server()
         ready = self.memory.worker_words()[:, M.W_READY]
         while not ready.all():
             self.wait_for_bell()

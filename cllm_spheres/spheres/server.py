@@ -1,11 +1,11 @@
-"""Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID`.
+"""Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID [DTYPE]`.
 
 A process that has imported the kernels and run a tiny step forks 63 workers in less than a second, each sharing
 its memory. It has one thread, so forking is safe. It ends with Node Zero, and its workers end with it, stopped
 ones too: each asks the kernel for SIGKILL at its parent's death.
 
 Messages are JSON, one a packet. In: {"spawn": [workers], "job": {...}} with the shared memory's descriptor, and
-{"kill": true}. Out: {"status": text}, {"warm": seconds}, {"started": worker, "pid": pid}, {"ended": worker, "pid":
+{"kill": true}. Out: {"status": text}, {"warm": dtype}, {"started": worker, "pid": pid}, {"ended": worker, "pid":
 pid, "status": wait status}.
 """
 
@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +47,29 @@ class Server:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.workers: dict[int, tuple[int, int]] = {}  # pidfd -> worker, pid
+        self.warmed: set[str] = set()  # dtypes
 
     def say(self, **message: Any) -> None:
         self.connection.send(json.dumps(message).encode())
 
-    def warm(self) -> None:
+    def warm(self, dtype: str) -> None:
+        """Compile and load all that workers of this dtype need; nothing where that has been done."""
+        if dtype in self.warmed:
+            return
         from cllm_spheres.crystal import jit
 
-        start = time.monotonic()
-        if jit.is_cold():
+        if jit.is_cold(dtype):
             self.say(status="compiling the kernels, once on this machine: about half a minute")
         from cllm_spheres.spheres import worker
 
         with tempfile.NamedTemporaryFile() as scratch:
             scratch.write(bytes(64))
             scratch.flush()
-            worker.warm(Path(scratch.name))
-        jit.mark_warm()
+            worker.warm(Path(scratch.name), dtype)
+        jit.mark_warm(dtype)
         gc.freeze()
+        self.warmed.add(dtype)
         self.say(status="")
-        self.say(warm=time.monotonic() - start)
 
     def run(self) -> None:
         """Serve until Node Zero closes its end."""
@@ -86,6 +88,8 @@ class Server:
             return False
         message = json.loads(data)
         if "spawn" in message:
+            self.warm(message["job"]["dtype"])
+            self.say(warm=message["job"]["dtype"])
             for worker in message["spawn"]:
                 self.fork(worker, message["job"], descriptors[0])
             os.close(descriptors[0])
@@ -126,7 +130,10 @@ def main() -> None:
     ignore_signals()
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
-        server.warm()
+        if sys.argv[3:]:
+            from cllm_spheres.model.dtypes import usable
+
+            server.warm(usable(sys.argv[3]))
         server.run()
     except (BrokenPipeError, ConnectionResetError):
         pass  # Node Zero is gone, and so are we

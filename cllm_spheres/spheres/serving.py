@@ -24,11 +24,15 @@ class Server:
     connection: socket.socket
 
 
-def start_server() -> Server:
-    """Call it from the main thread: the kernel ends the server when the thread that started it ends."""
+def start_server(dtype: str | None = None) -> Server:
+    """A server, warming up for a dtype if one is likely.
+
+    Call it from the main thread: the kernel ends the server when the thread that started it ends.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid())],
+        [sys.executable, "-P", "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid()),
+         *([dtype] if dtype else [])],
         pass_fds=[theirs.fileno()], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()

@@ -13,8 +13,8 @@ import numpy as np
 
 from cllm_spheres.kernels.optimizer import commit_block, update_block
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, keeps_sum
-from cllm_spheres.model.geometry import geometry, new_arena
-from cllm_spheres.model.gpt import compute_shard
+from cllm_spheres.model import dtypes
+from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.initialise import initial_tables
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres import context, engine
@@ -31,7 +31,8 @@ class Worker:
     def __init__(self, job: Job, memory: SharedMemory, worker: int) -> None:
         layout = Layout(job.shape)
         regions = memory.regions
-        shape_on_card = geometry(layout, largest_shard=job.largest_shard, dropout=job.dropout)
+        entries = dtypes.entries(job.dtype)
+        shape_on_card = dtypes.geometry(layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
         places, values = initial_tables(layout)
         first_block, last_block = span(worker, job.workers, layout.num_blocks)
         sequence_tokens = job.largest_shard * job.shape.block_size
@@ -60,6 +61,8 @@ class Worker:
             geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
+            compute_shard=entries.compute_shard.address, evaluate_window=entries.evaluate_window.address,
+            pack_unit=entries.pack_unit.address if entries.pack_unit else 0,
         )  # fmt: skip
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
         self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, memory)
@@ -103,20 +106,20 @@ def main(job: Job, descriptor: int, worker: int) -> int:
     return 0
 
 
-def warm(scratch: Path) -> None:
+def warm(scratch: Path, dtype: str) -> None:
     """Run a tiny step, so that everything is compiled, loaded and initialised before the first fork.
 
-    scratch: a file of at least 64 bytes to stand in for a corpus.
+    scratch: a file of at least 64 bytes to stand in for a corpus. dtype: "fp32" or "bf16".
     """
     shape = Shape(vocab_size=8, block_size=4, layers=1, heads=1, width=8, ff_width=8)
     job = Job(
         shape=shape, batch_size=1, spheres=1, workers=1, seed=0, train=str(scratch), val=str(scratch), item_bytes=2,
-        train_tokens=8, val_tokens=8, num_windows=0,
+        train_tokens=8, val_tokens=8, num_windows=0, dtype=dtype,
     )  # fmt: skip
     memory = SharedMemory(job.sizes)
     tiny = Worker(job, memory, 0)
     x = dict(zip(context.FIELDS, tiny.context.tolist(), strict=True))
-    compute_shard.call(
+    dtypes.entries(dtype).compute_shard.call(
         x["geometry"],
         x["params"],
         x["packed"],

@@ -46,7 +46,8 @@ class Keeper:
             **asdict(progress), "applied": self.node_zero.applied,
             "sequences": progress.step * self.node_zero.job.batch_size, "total_tokens": self.metrics.total_tokens,
             "seed": self.config.seed, "spheres": self.config.spheres, "batch_size": self.config.batch_size,
-            "data": self.prepared.fingerprint, "layout": asdict(self.layout.shape), "fingerprint": fingerprint(),
+            "data": self.prepared.fingerprint, "layout": asdict(self.layout.shape),
+            "fingerprint": fingerprint(self.node_zero.job.dtype),
         }  # fmt: skip
         optimizer = {f"{kind}.{name}": view for kind, views in self._moments().items() for name, view in views.items()}
         path = self.store.save(
@@ -76,7 +77,7 @@ class Keeper:
             kind, _, tensor_name = name.partition(".")
             moments[kind][tensor_name][...] = tensor
         self.metrics.total_tokens, self.metrics.skipped = state["total_tokens"], state["step"] - state["applied"]
-        changed = differences(state["fingerprint"], fingerprint())
+        changed = differences(state["fingerprint"], fingerprint(self.node_zero.job.dtype))
         if changed and exact:
             raise InputError(
                 f"--exact: the numerics are not those of {checkpoint.path}: {'; '.join(changed)}."

@@ -37,7 +37,8 @@ class Launch:
     plan: Plan
     began: float  # Unix time of the order
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str | None = None) -> None:
+        """dtype: what will probably be computed in; None: not known before there is a plan."""
         self.status = ""
         self._obeys = False
         self._outcome: dict[str, Any] | None = None
@@ -46,7 +47,7 @@ class Launch:
         old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cllm_spheres.training.process"],
+                [sys.executable, "-P", "-m", "cllm_spheres.training.process", *([dtype] if dtype else [])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
             )  # fmt: skip
         finally:

@@ -8,18 +8,19 @@ from typing import Any
 ARITHMETIC = 1  # raised whenever a change of ours changes bits
 
 
-def fingerprint() -> dict[str, Any]:
-    """Plain JSON; two equal fingerprints promise equal bits for equal runs."""
+def fingerprint(dtype: str) -> dict[str, Any]:
+    """Plain JSON; two equal ones promise equal bits for equal runs. dtype: what is computed in, "fp32" or "bf16"."""
     import llvmlite
     import numba
 
     from cllm_spheres.crystal import jit
     from cllm_spheres.kernels import blas
+    from cllm_spheres.kernels.bf16.sizes import bf16_backend
 
     return {
         "arithmetic": ARITHMETIC,
-        "dtype": "fp32",
-        "backend": "openblas",
+        "dtype": dtype,
+        "backend": bf16_backend() if dtype == "bf16" else "openblas",
         "blas": blas.description(),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,

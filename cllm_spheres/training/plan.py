@@ -11,6 +11,7 @@ from pathlib import Path
 from cllm_spheres.config import MAX_SPHERES, Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
@@ -35,6 +36,8 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     batch_size = values["batch_size"]
     values["tokenizer"] = prepared.manifest["tokenizer"]
     values["vocab_size"] = prepared.vocab_size
+    if config.dtype == "auto":
+        values["dtype"] = dtypes.usable("auto")
     values["ff_width"] = config.ff_width or 4 * config.width
     if config.epochs is not None:
         windows = len(prepared.train) // config.block_size
@@ -140,16 +143,15 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         item_bytes=prepared.train.dtype.itemsize, train_tokens=len(prepared.train), val_tokens=len(prepared.val),
         num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
         weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
-        skip_nonfinite=config.on_nonfinite == "skip", dtype=config.dtype,
+        skip_nonfinite=config.on_nonfinite == "skip", dtype=dtypes.usable(config.dtype),
         cores=cores[: config.workers] if config.workers <= len(cores) else [],
     )  # fmt: skip
 
 
 def memory_bytes(job: Job) -> int:
     """What a run of this job takes: the shared memory, and each worker's own."""
-    from cllm_spheres.model.geometry import geometry
-
-    arena = geometry(Layout(job.shape), largest_shard=job.largest_shard, dropout=job.dropout).arena_floats * 4
+    geometry = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
+    arena = geometry.arena_floats * 4
     return Regions(job.sizes).total + job.workers * (arena + WORKER_BYTES)
 
 

@@ -19,6 +19,7 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import Interrupted, NonFinite
 from cllm_spheres.machine import usable_cores
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -93,7 +94,7 @@ class Trainer:
             "resume" if checkpoint else "start", self._headline(checkpoint), checkpoint.step if checkpoint else 0,
             workers=job.workers, spheres=job.spheres, batch_size=job.batch_size, block_size=config.block_size,
             steps=self.steps, stop_at=self.last, num_parameters=self.layout.num_parameters, run=str(self.run),
-            cores=len(usable_cores()), pinned=bool(job.cores), config=config.model_dump(),
+            cores=len(usable_cores()), dtype=job.dtype, pinned=bool(job.cores), config=config.model_dump(),
             **({"from_step": checkpoint.step} if checkpoint else {}),
         )  # fmt: skip
         self.node_zero.start()
@@ -121,6 +122,7 @@ class Trainer:
         return (
             f"{goes_on}{job.workers} workers, {job.spheres} spheres, batch {job.batch_size} x {job.shape.block_size}"
             f" tokens; {self.layout.num_parameters:,} parameters, vocabulary {job.shape.vocab_size:,};"
+            f" {dtypes.describe(self.config.dtype)};"
             f" {self.steps:,} steps into {self.run}"
         )
 

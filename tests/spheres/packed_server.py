@@ -4,23 +4,32 @@ five units of unequal size, and behind them how often each unit was packed.
 
 from __future__ import annotations
 
-import llvmlite.binding as llvm
+from dataclasses import replace
+
 from numba import types
 
 from cllm_spheres.crystal.jit import entry
 from cllm_spheres.kernels.arrays import floats, integers
-from cllm_spheres.model import packing
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 
 SHAPE = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 FLOATS = Layout(SHAPE).size
 UNITS = 5
-_real = packing.packed_sizes
+_packed_sizes, _geometry, _entries = dtypes.packed_sizes, dtypes.geometry, dtypes.entries
 _i8 = types.int64
 
 
 def packed_sizes(layout, dtype):
-    return (4 * FLOATS + 8 * UNITS, UNITS) if dtype == "doubled" else _real(layout, dtype)
+    return (4 * FLOATS + 8 * UNITS, UNITS) if dtype == "doubled" else _packed_sizes(layout, dtype)
+
+
+def geometry(layout, dtype, **sizes):
+    return _geometry(layout, "fp32" if dtype == "doubled" else dtype, **sizes)
+
+
+def entries(dtype):
+    return replace(_entries("fp32"), pack_unit=double_unit) if dtype == "doubled" else _entries(dtype)
 
 
 @entry(_i8(_i8, _i8, _i8, _i8))
@@ -35,8 +44,7 @@ def double_unit(geometry, params, packed, unit):
 
 
 if __name__ == "__main__":
-    packing.packed_sizes = packed_sizes
-    llvm.add_symbol("cllm_spheres_pack_unit", double_unit._keep.address)  # before the engine is linked to it
+    dtypes.packed_sizes, dtypes.geometry, dtypes.entries = packed_sizes, geometry, entries
     from cllm_spheres.spheres.server import main
 
     main()

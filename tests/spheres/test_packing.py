@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cllm_spheres.model import packing
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
@@ -27,7 +27,7 @@ WINDOWS = 3
 @pytest.fixture
 def node(corpus, monkeypatch):
     """node(workers, dtype): Node Zero with its spheres started, whose server knows the dtype "doubled"."""
-    monkeypatch.setattr(packing, "packed_sizes", packed_server.packed_sizes)
+    monkeypatch.setattr(dtypes, "packed_sizes", packed_server.packed_sizes)
     made = []
 
     def make(workers, dtype="doubled"):
@@ -117,6 +117,6 @@ def test_losses_and_weights_of_a_dtype_that_packs_do_not_depend_on_the_workers(n
 
 def test_float32_has_no_packed_form_and_an_unknown_dtype_is_an_error():
     layout = Layout(packed_server.SHAPE)
-    assert packing.packed_sizes(layout, "fp32") == (0, 0)
+    assert dtypes.packed_sizes(layout, "fp32") == (0, 0)
     with pytest.raises(ValueError, match="no kernels for dtype 'fp8'"):
-        packing.packed_sizes(layout, "fp8")
+        dtypes.packed_sizes(layout, "fp8")

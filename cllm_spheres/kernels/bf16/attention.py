@@ -32,13 +32,6 @@ _i8 = types.int64
 
 
 @kernel
-def scratch_bytes(t, e):
-    """Bytes of scratch for sequences of t tokens (padded) and heads of e columns (padded)."""
-    scores, squares, strips = 32 * t * 4, t * t * 2, t * e * 2
-    return 2 * scores + 2 * (32 * t * 2) + 2 * squares + 6 * strips + 3 * 32 * e * 4 + 4096
-
-
-@kernel
 def _flipped_strips(source, step, t, e, target):
     """flipped form of one head's [t, e] out of a rows form with `step` bytes between groups of 16 rows."""
     for i in range(t // 16):
@@ -83,9 +76,10 @@ def _scores(q, step, keys_flipped, e, first, scores, t):
 def attention_forward(
     qkv, sequences, t, heads, d, key, first_sequence, length, threshold, scratch, out, lse, keep_scale
 ):
-    """out = softmax(q k^T / sqrt(d)) v in rows form, H E columns; lse: float32[B, H, T], the log-sum-exp of each row of scores.
+    """out = softmax(q k^T / sqrt(d)) v in rows form, H E columns.
 
-    t: padded length, length: the real one. key, first_sequence, threshold, keep_scale: dropout of the probabilities.
+    lse: float32[B, H, T], the log-sum-exp of each row of scores. t: padded length, length: the real one.
+    key, first_sequence, threshold, keep_scale: dropout of the probabilities.
     """
     e = (d + 31) // 32 * 32
     wide = heads * e
@@ -111,7 +105,9 @@ def attention_forward(
                     row, line = scores + 4 * r * t, line_of(probabilities, r, seen)
                     softmax_row(row, line, seen // 32, r + 1, scale, stats + 8 * r)
                     if threshold > 0:
-                        _drop(line, seen // 32, row, (first + r) * length, first + r + 1, head_key, threshold, keep_scale)
+                        _drop(
+                            line, seen // 32, row, (first + r) * length, first + r + 1, head_key, threshold, keep_scale
+                        )
                 strip = seen // 32 * TILE
                 for j in range(e // 32):
                     block(
@@ -186,9 +182,7 @@ def attention_backward(
                     if threshold > 0:
                         dropout(floats(drow, real), where, head_key, threshold, f4(keep_scale))
                     p_line, ds_line = line_of(p_rows, r, seen), line_of(ds_rows, r, seen)
-                    score_gradient_row(
-                        row, drow, p_line, ds_line, seen // 32, r + 1, scale, lse_T[first + r], delta
-                    )
+                    score_gradient_row(row, drow, p_line, ds_line, seen // 32, r + 1, scale, lse_T[first + r], delta)
                     if threshold > 0:
                         _drop(p_line, seen // 32, row, where, real, head_key, threshold, keep_scale)
                 line = seen // 32 * TILE

@@ -15,11 +15,11 @@ from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import f4, floats, tokens
 from cllm_spheres.kernels.bf16.multiply import block_row, product
 from cllm_spheres.kernels.bf16.rows import largest_in_row, softmax_gradient_row, sum_of_exp
+from cllm_spheres.kernels.bf16.sizes import CHUNK
 from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, padded, round_row
 
 _i8, _d8 = types.int64, types.float64
 _LOWEST = f4(-1e30)  # smaller than any logit
-CHUNK = 1024  # columns of the vocabulary
 
 
 @kernel

@@ -11,14 +11,13 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import f4, floats, integers
 from cllm_spheres.kernels.bf16.multiply import B_BYTES, block_row, product
-from cllm_spheres.kernels.bf16.tiles import LINE, TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
 from cllm_spheres.kernels.bf16.rows import gelu_backward_row, gelu_row
+from cllm_spheres.kernels.bf16.sizes import SWEEP
+from cllm_spheres.kernels.bf16.tiles import LINE, TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
 from cllm_spheres.kernels.dropout import dropout
 
-SWEEP = 256  # columns that are finished together: 32 KB of float32, which stay in L1
 TO_ROWS, TO_GELU, TO_RESIDUAL, THROUGH_GELU = range(4)
 _i8 = types.int64
-SCRATCH_FLOATS = 32 * SWEEP
 
 
 @kernel
@@ -73,8 +72,8 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
     TO_ROWS       first = rows form of it
     TO_GELU       first = rows form of it, second = rows form of its GELU
     TO_RESIDUAL   second = first + dropout(it), float32; keys: uint64, of the sequences, each `length` padded rows
-    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys` (0: none), which has room for
-                  padded columns
+    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys` (0: none),
+                  which has room for padded columns
     """
     strip = (inner // 32) * TILE
     blocks = (n + 31) // 32

@@ -6,11 +6,6 @@ the blocks are computed: the loops around a block may be arranged by the sizes o
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
-
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
 from numba import types
@@ -19,30 +14,12 @@ from numba.extending import intrinsic
 
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import floats, integers
+from cllm_spheres.kernels.bf16.sizes import bf16_backend
 from cllm_spheres.kernels.bf16.tiles import TILE, BFloat
 
 _i8, _i64 = ir.IntType(8), ir.IntType(64)
 _address = _i8.as_pointer()
 B_BYTES = 1 << 20  # of the right operand at a time: half of a core's L2
-_ARCH_REQ_XCOMP_PERM, _XTILEDATA, _SYS_ARCH_PRCTL = 0x1023, 18, 158
-
-
-def request_amx() -> bool:
-    """Ask Linux for the tile registers, once a process (children inherit it); False where there are none."""
-    features = llvm.get_host_cpu_features()
-    if platform.machine() != "x86_64" or not (features.get("amx-tile") and features.get("amx-bf16")):
-        return False
-    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
-
-
-def available() -> str | None:
-    """How this machine multiplies bfloat16: "amx", "avx512" or None. CLLM_SPHERES_BF16=avx512 leaves AMX alone."""
-    features = llvm.get_host_cpu_features()
-    if not (features.get("avx512bf16") and features.get("avx512bw") and features.get("avx512vl")):
-        return None
-    if os.environ.get("CLLM_SPHERES_BF16") != "avx512" and request_amx():
-        return "amx"
-    return "avx512"
 
 
 def _function(b, name, result, arguments):
@@ -163,8 +140,8 @@ def _avx_block(typing_context, count, a, a_step, b, b_step, c, c_step, accumulat
 
 
 # Decided once, when the module is loaded: the other one is not compiled.
-HOW = available()
-block = _amx_block if HOW == "amx" else _avx_block
+BACKEND = bf16_backend()
+block = _amx_block if BACKEND == "amx" else _avx_block
 # Palette 1; eight tiles of 16 rows of 64 bytes.
 _configuration = np.zeros(64, np.uint8)
 _configuration[0] = 1
@@ -172,7 +149,7 @@ _configuration[16:32:2] = 64
 _configuration[48:56] = 16
 _CONFIGURATION = tuple(int(x) for x in _configuration.view(np.int64))
 
-if HOW == "amx":
+if BACKEND == "amx":
 
     @kernel
     def begin(scratch):
@@ -239,4 +216,3 @@ def _copy_edge(source, target, rows, columns, step, accumulate):
         old, new = floats(target + 4 * r * step, columns), floats(source + 128 * r, columns)
         for j in range(columns):
             old[j] = old[j] + new[j] if accumulate else new[j]
-
