@@ -28,7 +28,9 @@ from cllm_spheres.training.launch import Launch
 
 COMMAND = Path(sys.executable).with_name("cllm-spheres")
 # A tiny model: 6 blocks of parameters, so that most of 63 workers have no span.
-TINY = dict(layers=1, heads=2, width=32, ff_width=64, block_size=8, batch_size=4, spheres=4, workers=2, lr=1e-2)
+TINY = dict(
+    layers=1, heads=2, width=32, ff_width=64, block_size=8, batch_size=4, spheres=4, workers=2, lr=1e-2, dtype="fp32",
+)  # fmt: skip
 WAIT_S = 60  # for what takes a second or two on an idle machine: a test that waits longer has failed
 
 
