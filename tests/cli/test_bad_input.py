@@ -21,7 +21,7 @@ CASES = {
     "command": ("trian", ["No such command 'trian'. Did you mean 'train'?"]),
     "preset": ("train {corpus} --preset smal", ["There is no preset 'smal': did you mean 'small'?"]),
     "choice": ("train {corpus} --optimizer adam", ["--optimizer cannot be 'adam': did you mean 'adamw'?"]),
-    "dtype": ("train {corpus} --dtype bf16", ["--dtype cannot be 'bf16'", "fp32"]),
+    "dtype": ("train {corpus} --dtype fp8", ["--dtype cannot be 'fp8'", "fp32"]),
     "number": ("train {corpus} --lr fast", ["Invalid value for '--lr'"]),
     "key": ("train {corpus} --config key.toml", ["There is no option 'lrate' in key.toml: did you mean", "lr"]),
     "toml": ("train {corpus} --config broken.toml", ["broken.toml is not valid TOML"]),
