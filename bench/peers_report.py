@@ -102,9 +102,9 @@ def _method(result: dict[str, Any]) -> str:
         " is faster. `to its best dtype`: ours over PyTorch's fastest median at that size in any measured dtype."
         " `Losses differ`: relatively, at steps 1 and 20 (allowed: 1e-3 in float32, 2e-2 in bf16)."
         " Memory: the largest sample of the proportional set size of all processes of a side while it trains, its"
-        " launcher and compile workers among them; both sides have their compiled code in their caches. Share of the peak: (6 x parameters of matrix products, the tied"
-        " head among them, + 12 x layers x width x T / 2 for causal attention) x tokens/s over the peak on all"
-        " cores.\n"
+        " launcher and compile workers among them; both sides have their compiled code in their caches. Share of the"
+        " peak: (6 x parameters of matrix products, the tied head among them, + 12 x layers x width x T / 2 for"
+        " causal attention) x tokens/s over the peak on all cores.\n"
     )
 
 
