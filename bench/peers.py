@@ -12,7 +12,6 @@ import shutil
 import sys
 import tempfile
 import time
-import typing
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,9 +26,9 @@ from cllm_spheres_bench.peer_torch import ATTENTIONS, GELUS, MODES, Variant
 from cllm_spheres_bench.sides import Inputs, Measured, make_inputs, our_side, their_side, watch
 from cllm_spheres_bench.sizes import SIZES, Size, flops_per_token
 
-from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.machine import usable_cores
+from cllm_spheres.model import dtypes
 from cllm_spheres.units import duration
 
 DTYPES = ("fp32", "bf16")
@@ -71,9 +70,10 @@ def has_compiler() -> bool:
 
 
 def our_reason_against(dtype: str) -> str | None:
-    """Why our side cannot train in a dtype, in a sentence; None where it can try."""
-    known = typing.get_args(Config.model_fields["dtype"].annotation)
-    return None if dtype in known else f"This cllm-spheres does not train in {dtype}; it knows {', '.join(known)}."
+    """Why our side cannot train in a dtype here, in a sentence; None where it can."""
+    if dtypes.usable(dtype) == dtype:
+        return None
+    return f"Asked for {dtype}, cllm-spheres trains in {dtypes.describe(dtype)}."
 
 
 def screen(
