@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 bench = typer.Typer(
-    help="Measure this machine: against PyTorch.",
+    help="Measure this machine: against PyTorch, and by the number of workers.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -73,3 +73,34 @@ def peers(
     )  # fmt: skip
     with interruptible("What was measured until then is written."):
         raise typer.Exit(comparison.run(options))
+
+
+@bench.command()
+def scaling(
+    workers: Annotated[str, typer.Option(help="Numbers of workers.")] = "1,2,4,8,16,32,63",
+    preset: Annotated[str, typer.Option(help="The model.")] = "medium",
+    spheres: Annotated[
+        int | None, typer.Option(min=1, help="Spheres of strong scaling. Default: the most workers.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of strong scaling. Default: 2 a sphere.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Length of a measurement, at least one step.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each measurement.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Arithmetic.")] = "fp32",
+    weak: Annotated[bool, typer.Option("--weak/--no-weak", help="Weak scaling too: a sphere for each worker.")] = True,
+    out: Out = None,
+) -> None:
+    """Train with 1 to 63 workers: tokens/s, efficiency, time by phase, memory, barriers; and a model of more cores.
+
+    The chart as a file is an extra: pip install 'cllm-spheres[plots]'.
+    """
+    from cllm_spheres_bench import scaling as benchmark
+    from cllm_spheres_cli.progress import interruptible
+
+    options = benchmark.Options(
+        preset=preset, workers=benchmark.numbers(workers), spheres=spheres, batch_size=batch_size, seconds=seconds,
+        repeats=repeats, dtype=dtype, weak=weak, out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("Nothing was written."):
+        raise typer.Exit(benchmark.run(options))

@@ -338,6 +338,9 @@ def work(context):
             whole = _evaluate(x, first, last)
         elif kind == M.REHEARSE and x[C.WORKER] < last:
             _rehearse(x)
+        elif kind == M.MEET:  # barriers and nothing else, to be timed
+            for _ in range(first, last):
+                whole = whole and C.meet(x)
         elif kind == M.INITIALISE:
             for block in range(x[C.FIRST_BLOCK], x[C.LAST_BLOCK]):
                 _initialise_block(x[C.PARAMS], x[C.PLACES], x[C.VALUES], x[C.NUM_TENSORS], x[C.SEED], block)

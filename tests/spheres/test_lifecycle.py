@@ -12,8 +12,8 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.events import read
 from cllm_spheres.model.layout import Shape
+from cllm_spheres.spheres import atomics, node_zero
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres import node_zero
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from tests.runs import (
@@ -190,6 +190,15 @@ def test_commands_are_done_and_close_leaves_nothing(node):
     pids = [*one.pids.values(), one.server_pid]
     one.close()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_command_of_barriers_passes_that_many(node, workers):
+    one = node(workers)
+    release = one.memory.control(M.RELEASE)
+    before = atomics.load_word(release)
+    one.do(M.MEET, 0, 50)
+    assert atomics.load_word(release) == before + 50 + 1  # one more ends the command
 
 
 def test_a_stop_ends_after_a_whole_step(node):
