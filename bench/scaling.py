@@ -23,6 +23,7 @@ from cllm_spheres_bench.scaling_run import Point, bandwidth, measure
 from cllm_spheres.config import MAX_SPHERES, build, preset_values
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, usable_cores
+from cllm_spheres.model.dtypes import usable
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.training.plan import memory_bytes, shape_of
@@ -43,7 +44,7 @@ class Options:
     batch_size: int | None = None
     seconds: float = 5.0
     repeats: int = 1
-    dtype: str = "fp32"
+    dtype: str = "auto"
     weak: bool = True
     out: Path | None = None
     command: str = "cllm-spheres bench scaling"
@@ -77,7 +78,7 @@ def jobs(options: Options, corpus: Path) -> dict[str, list[Job]]:
         return Job(
             shape=shape_of(config), batch_size=batch_size, spheres=spheres, workers=workers, seed=1,
             train=str(corpus), val=str(corpus), item_bytes=2, train_tokens=TOKENS, val_tokens=TOKENS, num_windows=0,
-            dtype=config.dtype, cores=cores[:workers] if workers <= len(cores) else [],
+            dtype=usable(config.dtype), cores=cores[:workers] if workers <= len(cores) else [],
         )  # fmt: skip
 
     each = -(-batch_size // spheres)
@@ -104,7 +105,7 @@ def run(options: Options) -> int:
     parameters = Layout(plan["strong"][0].shape).size
     parts = calibrate(points, plan["strong"][0], cores)
     result: dict[str, Any] = facts(options.command) | {
-        "preset": options.preset, "dtype": options.dtype, "parameters": parameters, "left_out": left_out,
+        "preset": options.preset, "dtype": plan["strong"][0].dtype, "parameters": parameters, "left_out": left_out,
         "bandwidth_gb_per_s": machine, "model": asdict(parts),
         "points": {kind: [asdict(point) for point in found] for kind, found in points.items()},
     }  # fmt: skip

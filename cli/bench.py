@@ -87,7 +87,7 @@ def scaling(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Length of a measurement, at least one step.")] = 5.0,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each measurement.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Arithmetic.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, fp32 or bf16, as for train.")] = "auto",
     weak: Annotated[bool, typer.Option("--weak/--no-weak", help="Weak scaling too: a sphere for each worker.")] = True,
     out: Out = None,
 ) -> None:

@@ -88,7 +88,7 @@ def test_strong_scaling_keeps_the_batch_and_weak_scaling_the_shard(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_run_writes_what_it_measured(tmp_path, capsys):
-    options = scaling.Options(preset="minimal", workers=(1, 3), spheres=5, seconds=0.05, out=tmp_path)
+    options = scaling.Options(preset="minimal", dtype="fp32", workers=(1, 3), spheres=5, seconds=0.05, out=tmp_path)
     assert scaling.run(options) == 0
     result = json.loads((tmp_path / "scaling.json").read_text())
     strong, weak = result["points"]["strong"], result["points"]["weak"]
