@@ -4,13 +4,16 @@ The small character model that others are measured on: 4 layers, 4 heads, width 
 AdamW 1e-3 to 1e-4 with 100 steps of warm-up, beta2 0.99, decay 0.1, clip 1, no biases, no dropout, the first 90 % of
 TEXT for training. Three seeds; the loss is over the whole validation part. Writes bench/results/recipe.md.
 
---reference also trains the same model in eager PyTorch (pip install torch==2.13.0), with windows drawn with
-replacement and the exact GELU, as nanoGPT does, and the same evaluation.
+--reference also trains the same model in PyTorch (pip install 'cllm-spheres[bench]'), with windows drawn with
+replacement and the exact GELU, as nanoGPT does, and the same evaluation: eager in float32, and the fastest way that
+`cllm-spheres bench peers` found at this size: torch.compile, bf16 autocast, attention as matrix products, fused AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import math
 import statistics
 import tempfile
@@ -27,20 +30,20 @@ SEEDS = (1, 2, 3)
 LAYERS, HEADS, WIDTH, BLOCK, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 
 
-def ours(prepared: Prepared, seed: int, workers: int) -> tuple[float, float]:
+def ours(prepared: Prepared, seed: int, workers: int, dtype: str) -> tuple[float, float]:
     """Final validation loss, and seconds of training without evaluations, checkpoints and starting."""
     with tempfile.TemporaryDirectory() as folder:
         run = cllm_spheres.train(
             prepared.folder, run=Path(folder) / "run", quiet=True, preset="small", steps=STEPS, lr=1e-3, min_lr=1e-4,
             warmup=100, beta2=0.99, weight_decay=0.1, clip=1.0, bias=False, seed=seed, workers=workers,
-            eval_every=STEPS, eval_tokens=len(prepared.val),
+            eval_every=STEPS, eval_tokens=len(prepared.val), dtype=dtype,
         )  # fmt: skip
         seconds = sum(step["seconds"] - step["other_s"] for step in run.metrics("step"))
         return run.metrics("eval")[-1]["val_loss"], seconds
 
 
-def reference(prepared: Prepared, seed: int, threads: int) -> tuple[float, float]:
-    """The same in PyTorch."""
+def reference(prepared: Prepared, seed: int, threads: int, strongest: bool) -> tuple[float, float]:
+    """The same in PyTorch, eager or in its fastest form; the seconds are without compiling."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -58,13 +61,18 @@ def reference(prepared: Prepared, seed: int, threads: int) -> tuple[float, float
             self.att_proj = nn.Linear(WIDTH, WIDTH, bias=False)
             self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
             self.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+            self.register_buffer("future", torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1))
 
         def forward(self, x):
             b, t, _ = x.shape
             normed = F.layer_norm(x, (WIDTH,), self.norms[0])
             q, k, v = (z.view(b, t, HEADS, -1).transpose(1, 2) for z in self.qkv(normed).split(WIDTH, 2))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, WIDTH)
-            x = x + self.att_proj(y)
+            if strongest:
+                scores = (q @ k.transpose(2, 3)) * (WIDTH // HEADS) ** -0.5
+                y = F.softmax(scores.masked_fill(self.future, -math.inf), 3) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.att_proj(y.transpose(1, 2).reshape(b, t, WIDTH))
             return x + self.down_proj(F.gelu(self.up(F.layer_norm(x, (WIDTH,), self.norms[1]))))
 
     class GPT(nn.Module):
@@ -92,14 +100,21 @@ def reference(prepared: Prepared, seed: int, threads: int) -> tuple[float, float
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=strongest)
+    forward, precision = model, contextlib.nullcontext()
+    if strongest:
+        forward, precision = torch.compile(model), torch.autocast("cpu", torch.bfloat16)
+        with precision:
+            loss = forward(*batch(train, np.arange(BATCH)))
+        loss.backward()  # compiles it; the gradients are dropped before the first step
     began = time.perf_counter()
     for step in range(STEPS):
         decay = 1e-4 + 0.5 * (1 + math.cos(math.pi * (step - 100) / (STEPS - 100))) * 9e-4
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (step + 1) / 101 if step < 100 else decay
-        loss = model(*batch(train, rng.integers(0, len(train) - BLOCK, BATCH)))
         optimizer.zero_grad()
+        with precision:
+            loss = forward(*batch(train, rng.integers(0, len(train) - BLOCK, BATCH)))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -116,15 +131,20 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", help="of our training (default: %(default)s)")
     arguments = parser.parse_args()
     prepared = prepare_cached([arguments.text], "char")
-    kinds = {"cllm-spheres": ours} | ({"PyTorch, eager": reference} if arguments.reference else {})
+    kinds = {f"cllm-spheres, {arguments.dtype}": functools.partial(ours, dtype=arguments.dtype)}
+    if arguments.reference:
+        kinds["PyTorch, eager"] = functools.partial(reference, strongest=False)
+        kinds["PyTorch, compiled, bf16"] = functools.partial(reference, strongest=True)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for seed in SEEDS:  # in turn, so that what else the machine does falls on both
         for name, train in kinds.items():
             measured[name].append(train(prepared, seed, arguments.workers))
             print(f"{name}, seed {seed}: loss {measured[name][-1][0]:.4f} in {measured[name][-1][1]:.1f} s", flush=True)
     command = f"python bench/recipe.py {arguments.text.name}{' --reference' * arguments.reference}"
+    command += f" --workers {arguments.workers} --dtype {arguments.dtype}"
     lines = [
         f"# The character recipe on {arguments.text.name}", "",
         f"`{command}`, {arguments.workers} workers or threads."
