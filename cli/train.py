@@ -3,6 +3,7 @@
 import inspect
 import types
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,10 @@ def train(
             "--exact", help="With --resume: refuse where other library versions or another CPU may change bits."
         ),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Trace a step: profile.md and profile.json in the run's folder, and a table."),
+    ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
     config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE.toml")] = None,
     **options: Any,
@@ -91,8 +96,10 @@ def train(
         if finished:
             print(finished)
             return
-        code, message = attend(launch.obey(plan), plain=plain or None)
+        code, message = attend(launch.obey(replace(plan, profile=profile)), plain=plain or None)
     print(message, file=None if code == 0 else typer.get_text_stream("stderr"))
+    if profile and (plan.run / "profile.md").is_file():
+        print((plan.run / "profile.md").read_text())
     if code == 0:
         print(f"Let it write: cllm-spheres generate {plan.run}")
     raise typer.Exit(code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def train(
     run: str | Path | None = None,
     resume: bool = False,
     exact: bool = False,
+    profile: bool = False,
     config: str | Path | None = None,
     quiet: bool = False,
     **options: Any,
@@ -49,7 +50,8 @@ def train(
 
     data: a prepared folder, or a file or folder of text; None is the embedded corpus. options: the fields of
     `cllm_spheres.config.Config`, such as preset, steps, workers. exact: refuse to resume where other library
-    versions or another CPU may change bits. quiet: print no lines.
+    versions or another CPU may change bits. profile: trace a step into profile.md and
+    profile.json in the run's folder. quiet: print no lines.
 
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
@@ -61,7 +63,7 @@ def train(
         if finished:
             code, message = 0, finished
         else:
-            code, message = attend(launch.obey(plan), plain=True, quiet=quiet)
+            code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet)
     if code == 130:
         print(message, file=sys.stderr)
         raise KeyboardInterrupt(message)

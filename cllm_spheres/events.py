@@ -34,6 +34,7 @@ EVENTS = (
     "refused",  # a damaged checkpoint that was passed over
     "replan",  # steps
     "fingerprint",  # differences: what differs from the run's first numerics
+    "profile",  # path, unless it could not be written
     "skip",  # a step whose gradient was not finite, under --on-nonfinite skip; skipped: how many so far
     "saved",  # path, seconds
     "best",  # as saved, with val_loss: the lowest so far

@@ -8,6 +8,8 @@ QUERY_BLOCK = 64  # queries that attention looks at together
 # adding again instead, measured with 40 M parameters on one core: 1 sphere 87, 79; 2: 100, 100; 3: 107, 118.
 KEPT_FROM = 3
 
+HEADER_WORDS = 4  # of a trace, before its marks
+
 
 def attention_floats(length: int) -> int:
     """Floats of scratch for the attention of `length` tokens: scores and their gradients of one block of queries."""

@@ -1,7 +1,8 @@
-"""Where the time of a shard goes: a page of kernel calls leaves a mark behind each of them.
+"""Where the time of a step goes: a mark is left behind each kernel call and each phase.
 
 A trace is int64: how many marks, how many there is room for, two words for the clock, then (kind, ns) for each mark.
-The time of a kind is from the mark before it. Address 0: no trace is kept, a mark costs one comparison.
+The time of a kind is from the mark before it; a kind from SPHERE on says which sphere's shard begins. Address 0: no
+trace is kept, a mark costs one comparison.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from numba import types
 
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import integers
+from cllm_spheres.kernels.sizes import HEADER_WORDS
 
 KINDS = (
-    "begin", "tokens and embedding", "layer norm", "qkv", "attention", "projection", "feed-forward up",
-    "feed-forward down", "head", "head weights", "attention backward", "linear dx", "linear dw", "gelu backward",
-    "layer norm backward", "turning", "biases and residual", "embedding backward",
+    "begin", "pack", "wait", "gather", "update", "read tokens", "embedding", "layer norm", "qkv", "attention",
+    "attention projection", "feed-forward up", "feed-forward down", "head", "linear dx", "linear dw",
+    "gelu backward", "attention backward", "layer norm backward", "rearrange", "bias and residual backward",
+    "embedding backward",
 )  # fmt: skip
 (
-    BEGIN, EMBED, NORM, QKV, ATTENTION, PROJECTION, UP, DOWN, HEAD, HEAD_WEIGHTS, ATTENTION_BACKWARD, DX, DW,
-    GELU_BACKWARD, NORM_BACKWARD, TURN, RESIDUAL, EMBED_BACKWARD,
+    BEGIN, PACK, WAIT, GATHER, UPDATE, READ, EMBED, NORM, QKV, ATTENTION,
+    PROJECTION, UP, DOWN, HEAD, DX, DW,
+    GELU_BACKWARD, ATTENTION_BACKWARD, NORM_BACKWARD, REARRANGE, RESIDUAL,
+    EMBED_BACKWARD,
 ) = range(len(KINDS))  # fmt: skip
-HEADER_WORDS = 4
+SPHERE = 1 << 20
 MONOTONIC = 1
 _i8 = types.int64
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _i8))

@@ -13,16 +13,16 @@ import numpy as np
 from cllm_spheres.kernels.sizes import ALIGN, attention_floats
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
 
-# Scalars, then offsets into the parameters, then offsets into a layer's part of the arena, then into the shared
-# part, then twelve parameter offsets a layer.
+# The address of a trace (kernels/trace.py; 0: none is kept), scalars, offsets into the parameters, into a layer's part
+# of the arena and into the shared part; then twelve parameter offsets a layer.
 FIELDS = (
-    "vocab_size", "block_size", "layers", "heads", "width", "ff_width", "sequences", "head_rows", "threshold",
+    "trace", "vocab_size", "block_size", "layers", "heads", "width", "ff_width", "sequences", "head_rows", "threshold",
     "wte", "wpe", "lnf_gain", "lnf_bias",
     "layer_floats", "x", "ln1", "qkv", "lse", "att", "mid", "ln2", "up", "act", "stats",
     "x_last", "lnf", "lnf_stats", "logits", "dx", "dt", "datt", "dqkv", "dact", "scratch", "arena_floats",
 )  # fmt: skip
 (
-    VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, HEAD_ROWS, THRESHOLD,
+    TRACE, VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, HEAD_ROWS, THRESHOLD,
     WTE, WPE, LNF_GAIN, LNF_BIAS,
     LAYER_FLOATS, X, LN1, QKV, LSE, ATT, MID, LN2, UP, ACT, STATS,
     X_LAST, LNF, LNF_STATS, LOGITS, DX, DT, DATT, DQKV, DACT, SCRATCH, ARENA_FLOATS,
@@ -35,10 +35,11 @@ LOGITS_FLOATS = 1 << 20  # of one chunk of the head: 4 MB
 
 @dataclass(frozen=True)
 class Geometry:
-    """`array` is what the kernels take; `arena_floats` is the size of the workspace they need."""
+    """`array` is what the kernels take, `arena_floats` the size of the workspace they need."""
 
     array: np.ndarray
     arena_floats: int
+    sequences: int  # computed together
 
 
 def sequences_at_a_time(block_size: int) -> int:
@@ -54,7 +55,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     n = sequences * s.block_size
     head_rows = min(n, max(16, LOGITS_FLOATS // v))
     values: dict[str, int] = dict(
-        vocab_size=v, block_size=s.block_size, layers=s.layers, heads=s.heads, width=c, ff_width=f,
+        trace=0, vocab_size=v, block_size=s.block_size, layers=s.layers, heads=s.heads, width=c, ff_width=f,
         sequences=sequences, head_rows=head_rows, threshold=round(dropout * 2**32),
         wte=layout.offset_of("wte.weight"), wpe=layout.offset_of("wpe.weight"),
         lnf_gain=layout.offset_of("ln_f.weight"), lnf_bias=layout.offset_of("ln_f.bias"),
@@ -77,7 +78,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     )  # fmt: skip
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
     array = np.array([values[name] for name in FIELDS] + offsets, np.int64)
-    return Geometry(array, values["arena_floats"])
+    return Geometry(array, values["arena_floats"], sequences)
 
 
 def new_arena(floats: int) -> np.ndarray:

@@ -16,23 +16,24 @@ from cllm_spheres.kernels.sizes import ALIGN
 from cllm_spheres.model.geometry import Geometry
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
 
-# Scalars, offsets into the parameters, offsets in bytes into a layer's part of the arena and into the shared part,
-# sizes of the packed weights; then twelve parameter offsets a layer; then nine numbers a matrix.
+# The address of a trace (first, as in geometry.py), scalars, offsets into the parameters, offsets in bytes into a
+# layer's part of the arena and into the shared part, the number of packed matrices; then twelve parameter offsets a
+# layer; then eight numbers a matrix.
 FIELDS = (
-    "vocab_size", "block_size", "layers", "heads", "width", "ff_width", "sequences", "threshold",
+    "trace", "vocab_size", "block_size", "layers", "heads", "width", "ff_width", "sequences", "threshold",
     "wte", "wpe", "lnf_gain", "lnf_bias",
     "layer_bytes", "x", "ln1", "qkv", "lse", "att", "mid", "ln2", "up", "act", "stats",
     "x_last", "lnf", "lnf_stats", "dx", "dt", "keys", "row", "wide_bias", "scratch",
     "datt", "rows", "pairs", "columns", "wide",
-    "logits", "turned", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices", "trace",
+    "logits", "turned", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices",
 )  # fmt: skip
 (
-    VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, THRESHOLD,
+    TRACE, VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, THRESHOLD,
     WTE, WPE, LNF_GAIN, LNF_BIAS,
     LAYER_BYTES, X, LN1, QKV, LSE, ATT, MID, LN2, UP, ACT, STATS,
     X_LAST, LNF, LNF_STATS, DX, DT, KEYS, ROW, WIDE_BIAS, SCRATCH,
     DATT, ROWS, PAIRS, COLUMNS, WIDE,
-    LOGITS, TURNED, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES, TRACE,
+    LOGITS, TURNED, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES,
 ) = range(len(FIELDS))  # fmt: skip
 LAYER_OFFSETS = len(FIELDS)
 # Of a packed matrix: where its parameters lie (floats), its sizes, the sizes of the groups its rows and columns come
@@ -96,7 +97,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     n = sequences * t
     chunk = min(CHUNK, padded(s.vocab_size))
     values: dict[str, int] = dict(
-        vocab_size=s.vocab_size, block_size=s.block_size, layers=s.layers, heads=s.heads, width=s.width,
+        trace=0, vocab_size=s.vocab_size, block_size=s.block_size, layers=s.layers, heads=s.heads, width=s.width,
         ff_width=s.ff_width, sequences=sequences, threshold=round(dropout * 2**32),
         wte=layout.offset_of("wte.weight"), wpe=layout.offset_of("wpe.weight"),
         lnf_gain=layout.offset_of("ln_f.weight"), lnf_bias=layout.offset_of("ln_f.bias"),
@@ -131,8 +132,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
     values["arena_bytes"] = max(backward, head)
     matrices = packed(layout).matrices
     values["matrices"] = len(matrices)
-    values["trace"] = 0  # whoever wants one writes its address here
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
     table = [number for matrix in matrices for number in matrix]
     array = np.array([values[name] for name in FIELDS] + offsets + table, np.int64)
-    return Geometry(array, values["arena_bytes"] // 4)
+    return Geometry(array, values["arena_bytes"] // 4, sequences)

@@ -284,7 +284,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
                _vector(segment, _tensor(g, layer, B_DOWN), c), accumulate)  # fmt: skip
         mark(trace, K.RESIDUAL)
         _turn(act, n, fp, columns, 1)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         _weight_gradient(columns, pairs, n, segment + 4 * _tensor(g, layer, W_DOWN), f, c, accumulate, scratch)
         mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _DOWN)[1]
@@ -298,9 +298,9 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
             db[j] += sums[j]
         mark(trace, K.GELU_BACKWARD)
         _turn(act, n, fp, pairs, 0)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         _turn(ln2, n, cp, columns, 1)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         _weight_gradient(columns, pairs, n, segment + 4 * _tensor(g, layer, W_UP), c, f, accumulate, scratch)
         mark(trace, K.DW)
         w = _weights(g, packed, 4 * layer + _UP)[1]
@@ -317,7 +317,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
                _vector(segment, _tensor(g, layer, B_ATT), c), accumulate)  # fmt: skip
         mark(trace, K.RESIDUAL)
         _turn(att, n, h, columns, 1)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         dw = segment + 4 * _tensor(g, layer, W_ATT)
         if d == e:
             _weight_gradient(columns, pairs, n, dw, c, c, accumulate, scratch)
@@ -343,9 +343,9 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
                 db[j] += wide_sums[j // d * e + j % d]
         mark(trace, K.RESIDUAL)
         _turn(rows, n, 3 * h, pairs, 0)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         _turn(ln1, n, cp, columns, 1)
-        mark(trace, K.TURN)
+        mark(trace, K.REARRANGE)
         dw = segment + 4 * _tensor(g, layer, W_QKV)
         if d == e:
             _weight_gradient(columns, pairs, n, dw, c, 3 * c, accumulate, scratch)
@@ -406,11 +406,11 @@ def compute_shard_bf16(
         sequences = min(at_a_time, count - first)
         n = sequences * t
         accumulate = first > 0
-        mark(g[G.TRACE], K.BEGIN)
         ids = _pad_tokens(inputs + 4 * first * length, sequences, length, 0, tokens(arena + g[G.IDS], room))
         wanted = _pad_tokens(targets + 4 * first * length, sequences, length, -1, tokens(arena + g[G.TARGETS], room))
         forward(g, params, packed, arena, ids, length, dropout_key, first_sequence + first, layers_done)
         _turn(x, n, cp, x_pairs, 0)
+        mark(g[G.TRACE], K.REARRANGE)
         # The token embedding stands in the card as [V, C]: logits take it flipped, dx takes it in pairs.
         loss += _head_loss_backward(
             x, x_pairs, c, wte_flipped, wte_pairs, v, n, wanted.ctypes.data, arena + g[G.HEAD_STATS],

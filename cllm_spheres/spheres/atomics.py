@@ -1,4 +1,4 @@
-"""Atomic words in shared memory, futex waits and clocks, for jitted code and for Node Zero.
+"""Atomic words in shared memory and futex waits, for jitted code and for Node Zero.
 
 Words are int64 at addresses that are multiples of 8. A futex looks at the low 32 bits of its word (both machines
 that we run on are little-endian).
@@ -9,13 +9,11 @@ from __future__ import annotations
 import platform
 
 import llvmlite.ir as ir
-import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.kernels.arrays import integers
 
 _IS_ARM = platform.machine() in ("aarch64", "arm64")
 _SYS_FUTEX = 98 if _IS_ARM else 202
@@ -23,7 +21,6 @@ _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _EVERYBODY = 2**31 - 1
 _i8 = types.int64
 _syscall = types.ExternalFunction("syscall", _i8(_i8, _i8, _i8, _i8, _i8, _i8, _i8))
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _i8))
 _I64 = ir.IntType(64)
 
 
@@ -93,14 +90,6 @@ def wake_all(address):
 def wait_while(address, value, timeout):
     """Sleep while the word is `value`, until woken or for the time that stands at `timeout` (seconds, ns: int64[2])."""
     _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, timeout, 0, 0)
-
-
-@kernel
-def clock_ns(clock, scratch):
-    """A clock (0 real time, 1 monotonic) in nanoseconds; scratch: the address of int64[2]."""
-    _clock_gettime(np.int32(clock), scratch)
-    t = integers(scratch, 2)
-    return t[0] * 1000000000 + t[1]
 
 
 @kernel

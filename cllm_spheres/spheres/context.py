@@ -7,8 +7,9 @@ arrives last releases the others, and may do before what has to be done once.
 from __future__ import annotations
 
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.kernels.trace import clock_ns
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.atomics import add, clock_ns, load, pause, store, wait_while, wake_all
+from cllm_spheres.spheres.atomics import add, load, pause, store, wait_while, wake_all
 
 # What a worker knows, int64: numbers, then addresses.
 FIELDS = (
@@ -18,7 +19,7 @@ FIELDS = (
     "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
     "window_losses", "norms", "slot", "params", "moments", "squares", "gradient", "packed", "segments",
     "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
-    "compute_shard", "evaluate_window", "pack_unit",
+    "compute_shard", "evaluate_window", "pack_unit", "trace",
 )  # fmt: skip
 (
     WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
@@ -27,7 +28,7 @@ FIELDS = (
     CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
     WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
     BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
-    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT,
+    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT, TRACE,
 ) = range(len(FIELDS))  # fmt: skip
 
 

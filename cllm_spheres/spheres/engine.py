@@ -22,6 +22,7 @@ from numba import types
 
 from cllm_spheres.crystal.jit import at_address, entry, kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
+from cllm_spheres.kernels import trace as T
 from cllm_spheres.kernels.arrays import doubles, integers, tokens
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm, sum_block
 from cllm_spheres.kernels.optimizer import (
@@ -38,10 +39,12 @@ from cllm_spheres.kernels.optimizer import (
     update_block,
 )  # fmt: skip
 from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.kernels.trace import clock_ns, mark
+from cllm_spheres.model import geometry as G
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.atomics import add, clock_ns, exchange_if, load, store, wait_while
+from cllm_spheres.spheres.atomics import add, exchange_if, load, store, wait_while
 from cllm_spheres.text.batches import read_window, shard, window_start
 
 # The phases' one machine code, called by address; that of a dtype stands in the context.
@@ -68,13 +71,14 @@ def _pack(x):
 
 
 @kernel
-def _compute(x, step):
+def _compute(x, step, trace):
     """Forward and backward of every sphere that this worker hosts, of step `step` (from 1)."""
     key = np.int64(key_of(x[C.SEED], PURPOSE_DROPOUT, step)) if x[C.HAS_DROPOUT] else 0
     length = x[C.BLOCK_SIZE]
     scale = 1.0 / (x[C.BATCH_SIZE] * length)
     for sphere in range(x[C.WORKER], x[C.NUM_SPHERES], x[C.NUM_WORKERS]):
         start = C.now(x)
+        mark(trace, T.SPHERE + sphere)
         first, count = shard(x[C.BATCH_SIZE], x[C.NUM_SPHERES], sphere)
         for i in range(count):
             at = window_start(x[C.SEED], (step - 1) * x[C.BATCH_SIZE] + first + i, x[C.TRAIN_TOKENS], length)
@@ -82,6 +86,7 @@ def _compute(x, step):
                 x[C.TRAIN], x[C.ITEM_BYTES], x[C.TRAIN_TOKENS], at,
                 tokens(x[C.INPUTS] + 4 * i * length, length), tokens(x[C.TARGETS] + 4 * i * length, length),
             )  # fmt: skip
+        mark(trace, T.READ)
         loss = _compute_shard(
             x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
@@ -182,6 +187,18 @@ def _finish(x, step, index, skipped):
 
 
 @kernel
+def _begin_trace(x, step):
+    """The address of this worker's trace in the step that is to be traced, else 0; the kernels find it in the card."""
+    wanted = x[C.TRACE] != 0 and load(C.word(x, M.TRACED_STEP)) == step
+    trace = x[C.TRACE] if wanted else 0
+    integers(x[C.GEOMETRY], 1)[G.TRACE] = trace
+    if wanted:
+        integers(trace, T.HEADER_WORDS)[0] = 0
+        mark(trace, T.BEGIN)
+    return trace
+
+
+@kernel
 def _steps(x, first, last):
     """Steps first .. last - 1; False where the command was aborted."""
     base = first
@@ -190,6 +207,7 @@ def _steps(x, first, last):
         at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
         record = integers(at, M.RECORD_WORDS)
         start = C.now(x)
+        trace = _begin_trace(x, step)
         if step == first and x[C.WORKER] == 0:
             store(C.word(x, M.STEP_START), start)
         packed, computing = start, start
@@ -197,11 +215,13 @@ def _steps(x, first, last):
             C.say(x, M.S_PACKING)
             _pack(x)
             packed = C.now(x)
+            mark(trace, T.PACK)
             if not C.meet(x):
                 return False
+            mark(trace, T.WAIT)
             computing = C.now(x)
         C.say(x, M.S_COMPUTING)
-        _compute(x, step)
+        _compute(x, step, trace)
         computed = C.now(x)
 
         seen = load(C.word(x, M.RELEASE))
@@ -215,9 +235,11 @@ def _steps(x, first, last):
             if not C.wait_for_change(x, M.RELEASE, seen):
                 return False
         gathering = C.now(x)
+        mark(trace, T.WAIT)
         C.say(x, M.S_GATHERING)
         _gather(x)
         gathered = C.now(x)
+        mark(trace, T.GATHER)
         add(at + 8 * M.R_PACK_SUM, packed - start)
         add(at + 8 * M.R_COMPUTE_SUM, computed - computing)
         add(at + 8 * M.R_GATHER_SUM, gathered - gathering)
@@ -235,10 +257,12 @@ def _steps(x, first, last):
         if verdict == 2.0:
             return True
         updating = C.now(x)
+        mark(trace, T.WAIT)
         if verdict == 0.0:
             C.say(x, M.S_UPDATING)
             _update(x, step)
         updated = C.now(x)
+        mark(trace, T.UPDATE)
         add(at + 8 * M.R_UPDATE_SUM, updated - updating)
 
         seen = load(C.word(x, M.RELEASE))
@@ -249,6 +273,7 @@ def _steps(x, first, last):
             C.say(x, M.S_WAITING)
             if not C.wait_for_change(x, M.RELEASE, seen):
                 return False
+        mark(trace, T.WAIT)
         mine = integers(C.mine(x, 0), M.WORKER_WORDS)
         mine[M.W_PACK_NS] += packed - start
         mine[M.W_COMPUTE_NS] += computed - computing

@@ -35,6 +35,7 @@ class Job:
     dropout: float = 0.0
     skip_nonfinite: bool = False
     dtype: str = "fp32"  # of the kernels' arithmetic
+    trace_marks: int = 0  # room for the trace of a step, for each worker
     cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
 
     @property
@@ -49,6 +50,7 @@ class Job:
             has_squares=self.optimizer == "adamw",
             packed_bytes=packed_bytes,
             pack_units=pack_units,
+            trace_marks=self.trace_marks,
         )
 
     @property

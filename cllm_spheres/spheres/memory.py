@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, keeps_sum
+from cllm_spheres.kernels.sizes import BLOCK, HEADER_WORDS, SLOT_FLOATS, keeps_sum
 
 LINE = 64  # bytes of a cache line
 PAGE = 4096
@@ -39,7 +39,8 @@ PAGE = 4096
     LONG_TIMEOUT,  # seconds, ns: what a worker waits before it looks at ABORT again
     SHORT_TIMEOUT,  # seconds, ns: how often Node Zero looks around
     CLOCK,  # scratch of Node Zero's clock calls
-) = range(18)
+    TRACED_STEP,  # the step of which traces are kept, where there is room for them
+) = range(19)
 CONTROL_LINES = 32
 
 # Commands.
@@ -82,6 +83,7 @@ class Sizes:
     has_squares: bool  # adamw keeps second moments, sgd does not
     packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
     pack_units: int = 0  # units of work that fill them
+    trace_marks: int = 0  # of a worker in a traced step (kernels/trace.py); 0: no step is traced
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -114,6 +116,8 @@ class Regions:
         self.norms = place(blocks * 8)
         self.errors = place(sizes.num_workers * ERROR_BYTES)
         self.slots = place(sizes.num_workers * SLOT_FLOATS * 4, PAGE)
+        self.trace_stride = 8 * (HEADER_WORDS + 2 * sizes.trace_marks)
+        self.traces = place(sizes.num_workers * self.trace_stride if sizes.trace_marks else 0, PAGE)
         self.params = place(flat, PAGE)
         self.moments = place(flat, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
@@ -191,6 +195,11 @@ class SharedMemory:
         """int64 [spheres, SPHERE_WORDS]"""
         count = self.sizes.num_spheres
         return self.words(self.regions.spheres, count * SPHERE_WORDS).reshape(count, SPHERE_WORDS)
+
+    def trace_words(self, worker: int) -> np.ndarray:
+        """A worker's trace, as kernels/trace.py describes it."""
+        regions = self.regions
+        return self.words(regions.traces + worker * regions.trace_stride, regions.trace_stride // 8)
 
     def ring_words(self) -> np.ndarray:
         """int64 [RING, RECORD_WORDS]; losses, norms and rates are float64 bits: see `ring_doubles`."""

@@ -62,8 +62,11 @@ class Worker:
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
             compute_shard=entries.compute_shard.address, evaluate_window=entries.evaluate_window.address,
+            trace=base + regions.traces + worker * regions.trace_stride if job.trace_marks else 0,
             pack_unit=entries.pack_unit.address if entries.pack_unit else 0,
         )  # fmt: skip
+        if job.trace_marks:
+            memory.trace_words(worker)[1] = job.trace_marks
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
         self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, memory)
 

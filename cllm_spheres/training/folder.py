@@ -37,6 +37,7 @@ class Plan:
     prepared: Prepared
     stop_at: int | None = None
     resume: bool = False
+    profile: bool = False  # trace a step
     exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
 
     @property

@@ -47,7 +47,7 @@ def run_training(server: Server) -> dict[str, Any]:
         config = build(config.model_dump() | order["changes"])
         checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
         trainer = Trainer(
-            run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"],
+            run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"], profile=order["profile"],
             status=lambda text: say(status=text), server=server,
         )  # fmt: skip
         at = checkpoint.step if checkpoint else 0

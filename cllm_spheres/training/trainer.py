@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from cllm_spheres.training.evaluation import Windows
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
 from cllm_spheres.training.plan import make_job
+from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
 from cllm_spheres.units import duration
@@ -42,7 +43,7 @@ class Trainer:
     """One run from its first or next step to its end."""
 
     def __init__(
-        self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int,
+        self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int, profile: bool,
         status: Callable[[str], None], server: Server | None = None,
     ) -> None:  # fmt: skip
         self.run, self.config, self.prepared = run, config, prepared
@@ -55,7 +56,11 @@ class Trainer:
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(run / "metrics.jsonl")
-        self.node_zero = NodeZero(make_job(config, prepared), status, self._leave_early, server)
+        job = make_job(config, prepared)
+        self.profiled: int | None = None  # the step that is traced
+        if profile:
+            job = replace(job, trace_marks=marks_needed(job))
+        self.node_zero = NodeZero(job, status, self._leave_early, server)
         self.keeper = Keeper(self.store, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
         self._began = time.monotonic()
@@ -114,6 +119,9 @@ class Trainer:
             self.node_zero.do(M.INITIALISE)
         self.node_zero.set_position(self.step, applied)
         self._estimate()
+        if job.trace_marks:
+            self.profiled = min(self.step + WARM_UP_STEPS, self.last)
+            memory.words(memory.regions.control + M.TRACED_STEP * M.LINE, 1)[0] = self.profiled
         self.metrics.start_clock()
 
     def _headline(self, checkpoint: Checkpoint | None) -> str:
@@ -169,6 +177,21 @@ class Trainer:
         if record := self.sampler.sample(self.step):
             self.metrics.write(record)
         self.node_zero.check()
+        if self.profiled is not None and self.step >= self.profiled:
+            self._write_profile(self.profiled)
+            self.profiled = None
+
+    def _write_profile(self, step: int) -> None:
+        """Where the time of the traced step went, into the run's folder."""
+        try:
+            path = write(list(intervals(self.node_zero.memory)), step, self.run)
+        except OSError as error:
+            self.metrics.event("profile", f"The profile could not be written: {error}", self.step)
+            return
+        self.metrics.event(
+            "profile", f"Step {step} was profiled: {path}, and profile.json for ui.perfetto.dev.", self.step,
+            path=str(path),
+        )  # fmt: skip
 
     # ---- evaluating and saving
 
