@@ -26,6 +26,7 @@ from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.model.dtypes import usable
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.placement import place, read_cores
 from cllm_spheres.training.plan import memory_bytes, shape_of
 from cllm_spheres.units import duration, size
 
@@ -72,13 +73,13 @@ def jobs(options: Options, corpus: Path) -> dict[str, list[Job]]:
     values = preset_values(options.preset) | {"dtype": options.dtype}
     config = build(values | {"vocab_size": values.get("vocab_size"), "ff_width": values.get("ff_width")})
     config = build(config.model_dump() | {"ff_width": config.ff_width or 4 * config.width})
-    cores = usable_cores()
+    cores = read_cores(usable_cores())
 
     def job(workers: int, spheres: int, batch_size: int) -> Job:
         return Job(
             shape=shape_of(config), batch_size=batch_size, spheres=spheres, workers=workers, seed=1,
             train=str(corpus), val=str(corpus), item_bytes=2, train_tokens=TOKENS, val_tokens=TOKENS, num_windows=0,
-            dtype=usable(config.dtype), cores=cores[:workers] if workers <= len(cores) else [],
+            dtype=usable(config.dtype), cores=place(workers, cores),
         )  # fmt: skip
 
     each = -(-batch_size // spheres)

@@ -47,6 +47,8 @@ def markdown_of(result: dict[str, Any], points: dict[str, list[Point]], parts: m
     for kind, found in points.items():
         if found:
             lines += [f"## {kind.capitalize()} scaling", "", _table(found, cores), ""]
+        if found and kind == "weak":
+            lines += ["Workers share the update and the packing of the same weights: this can exceed 100 %.", ""]
     lines += ["## Memory bandwidth", "", _bandwidths(result, points["strong"], parts.has_squares), ""]
     lines += ["## A core for each worker: the model", "", _models(points, parts), ""]
     a, b = (x * 1e6 for x in parts.barrier_s)

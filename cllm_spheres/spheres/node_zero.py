@@ -15,16 +15,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cllm_spheres.errors import RunFailed, SphereLost
-from cllm_spheres.machine import available_memory
+from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
+from cllm_spheres.spheres.placement import Claims, claim, read_cores
 from cllm_spheres.spheres.server import PACKET_BYTES
 from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.spheres.topology import hosted
@@ -44,7 +46,9 @@ class NodeZero:
         """status: told what a person may want to know; look: called about ten times a second in `start` and `do`;
         server: one that has been started already.
         """
-        self.job = job
+        # The plan names cores as if the machine were ours; here those are taken that no other run has.
+        self._claims, cores = claim(job.workers, read_cores(usable_cores())) if job.cores else (Claims(), [])
+        self.job = job = replace(job, cores=cores)
         self.memory = SharedMemory(job.sizes)
         self._status, self._look, self._server_given = status, look, server
         self._lost: list[tuple[int, int, int]] = []  # worker, pid, wait status
@@ -98,6 +102,7 @@ class NodeZero:
 
     def kill(self) -> None:
         """SIGKILL for all workers, confirmed by their parent, then the server's end."""
+        self._claims.keep([])
         self._closing = True
         self._set(M.ABORT, 1)
         atomics.wake_all(self.memory.control(M.RELEASE))

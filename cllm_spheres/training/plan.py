@@ -15,6 +15,7 @@ from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
+from cllm_spheres.spheres.placement import place, read_cores
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.windows import evaluation_windows
 from cllm_spheres.units import size
@@ -144,7 +145,7 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
         weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
         skip_nonfinite=config.on_nonfinite == "skip", dtype=dtypes.usable(config.dtype),
-        cores=cores[: config.workers] if config.workers <= len(cores) else [],
+        cores=place(config.workers, read_cores(cores)),
     )  # fmt: skip
 
 
