@@ -6,6 +6,7 @@ import pytest
 
 from cllm_spheres.config import PRESETS, merge
 from cllm_spheres.errors import InputError
+from cllm_spheres.spheres.placement import Core
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import plan
 
@@ -16,6 +17,7 @@ def resolve(corpus, monkeypatch):
 
     def make(cores=8, memory=10**15, **options):
         monkeypatch.setattr(plan, "usable_cores", lambda: list(range(cores)))
+        monkeypatch.setattr(plan, "read_cores", lambda cpus: [Core(cpu, socket=0, cache=0) for cpu in cpus])
         monkeypatch.setattr(plan, "available_memory", lambda: memory)
         config, given = merge(options)
         return plan.resolve(config, given, Prepared.open(corpus))
