@@ -1,4 +1,4 @@
-"""Whole models with weights, gradients and tokens to give to the compiled entries."""
+"""Whole models with weights, gradients and tokens to give to the compiled entries of either dtype."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from cllm_spheres.model.geometry import Geometry, geometry, new_arena
-from cllm_spheres.model.gpt import compute_logits, compute_shard, evaluate_window
+from cllm_spheres.model import dtypes
+from cllm_spheres.model.geometry import Geometry, new_arena
 from cllm_spheres.model.layout import Layout, Shape
 
 PROGRESS = np.zeros(1, np.int64)
+DTYPES = [
+    "fp32",
+    pytest.param("bf16", marks=pytest.mark.skipif(dtypes.usable("bf16") != "bf16", reason="no AVX512-BF16 here")),
+]
 
 
 @dataclass
@@ -21,17 +25,23 @@ class Whole:
     shape: Shape
     largest_shard: int = 100
     dropout: float = 0.0
+    dtype: str = "fp32"
+    size: float = 0.3  # of the weights of matrices
     layout: Layout = field(init=False)
     card: Geometry = field(init=False)
 
     def __post_init__(self):
         self.layout = Layout(self.shape)
-        self.card = geometry(self.layout, largest_shard=self.largest_shard, dropout=self.dropout)
+        sizes = dict(largest_shard=self.largest_shard, dropout=self.dropout)
+        self.card = dtypes.geometry(self.layout, self.dtype, **sizes)
+        self.entries = dtypes.entries(self.dtype)
+        size_bytes, self.units = dtypes.packed_sizes(self.layout, self.dtype)
+        self.packed = new_arena(-(-size_bytes // 4))
         rng = np.random.default_rng(3)
         self.params_P = np.zeros(self.layout.size, np.float32)
         self.parameters = self.layout.views(self.params_P)
         for name, view in self.parameters.items():
-            deviation = 0.3 if view.ndim == 2 else 0.5
+            deviation = self.size if view.ndim == 2 else 0.5
             view[...] = rng.standard_normal(view.shape) * deviation + (name.endswith("weight") and view.ndim == 1)
         self.arena = new_arena(self.card.arena_floats)
         self.arena[:] = np.nan
@@ -41,25 +51,38 @@ class Whole:
         shape = (count, length or self.shape.block_size)
         return tuple(rng.integers(0, self.shape.vocab_size, shape).astype(np.int32) for _ in range(2))
 
+    def pack(self):
+        """Fill the packed weights from the parameters; nothing where none are packed."""
+        self.packed[:] = np.nan
+        for unit in range(self.units):
+            self.entries.pack_unit.call(
+                self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, unit
+            )
+
     def shard(self, inputs_BT, targets_BT, scale, key=0, first_sequence=0):
         """The summed loss, and the segment, which begins as NaN where a tensor is and as zero between them."""
         segment_P = np.zeros(self.layout.size, np.float32)
         for view in self.layout.views(segment_P).values():
             view[...] = np.nan
-        loss = compute_shard.call(
-            self.card.array.ctypes.data, self.params_P.ctypes.data, 0, segment_P.ctypes.data, self.arena.ctypes.data,
-            inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, key, first_sequence,
-            PROGRESS.ctypes.data,
+        self.pack()
+        loss = self.entries.compute_shard.call(
+            self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, segment_P.ctypes.data,
+            self.arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, key,
+            first_sequence, PROGRESS.ctypes.data,
         )  # fmt: skip
         return loss, segment_P
 
     def window(self, inputs_T, targets_T):
-        return evaluate_window.call(
-            self.card.array.ctypes.data, self.params_P.ctypes.data, 0, self.arena.ctypes.data, inputs_T.ctypes.data,
-            targets_T.ctypes.data, len(inputs_T), PROGRESS.ctypes.data,
+        self.pack()
+        return self.entries.evaluate_window.call(
+            self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, self.arena.ctypes.data,
+            inputs_T.ctypes.data, targets_T.ctypes.data, len(inputs_T), PROGRESS.ctypes.data,
         )  # fmt: skip
 
     def logits(self, inputs_T, first_row=0):
+        """Of float32 alone: there is no other inference."""
+        from cllm_spheres.model.gpt import compute_logits
+
         logits = np.full((len(inputs_T) - first_row, self.shape.vocab_size), np.nan, np.float32)
         compute_logits.call(
             self.card.array.ctypes.data, self.params_P.ctypes.data, self.arena.ctypes.data, inputs_T.ctypes.data,
@@ -71,3 +94,8 @@ class Whole:
 @pytest.fixture
 def whole():
     return Whole
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request) -> str:
+    return request.param

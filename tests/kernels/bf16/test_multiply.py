@@ -93,11 +93,11 @@ def test_a_product_keeps_to_its_rows_and_columns_of_a_wider_matrix(m, n, inner, 
 def test_the_entry_is_the_same_product(m, n, inner, rng, buffer):
     _, _, a_form, b_form = operands(rng, m, n, inner)
     out, same, scratch = buffer(m, n), buffer(m, n), np.zeros(1024, np.float32)
+    step = padded(inner) // 32 * 1024
     run(m, n, inner, a_form, b_form, out)
     with tiles():
         linear.multiply.call(
-            m, n, padded(inner), a_form.ctypes.data, b_form.ctypes.data, padded(inner) // 32 * 1024, same.ctypes.data, 0,
-            scratch.ctypes.data,
+            m, n, padded(inner), a_form.ctypes.data, b_form.ctypes.data, step, same.ctypes.data, 0, scratch.ctypes.data
         )  # fmt: skip
     assert out.tobytes() == same.tobytes()
 
