@@ -108,7 +108,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                     tokenizer="byte", vocab_size=257, lr=1e-2),
     "tiny": dict(layers=2, heads=4, width=64, ff_width=128, block_size=16, batch_size=4, spheres=4,
                  vocab_size=381, steps=5000),
-    "small": dict(batch_size=12, spheres=12, vocab_size=1024, steps=2000),
+    "small": dict(batch_size=12, spheres=6, vocab_size=1024, steps=2000),
     "medium": dict(layers=6, heads=8, width=256, block_size=128, batch_size=16, spheres=8, vocab_size=4096,
                    steps=2000),
     "large": dict(layers=6, heads=6, width=384, block_size=256, batch_size=16, spheres=8, vocab_size=8192,

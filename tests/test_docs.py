@@ -16,7 +16,7 @@ import pytest
 from cllm_spheres.config import PRESETS, build, preset_values
 from cllm_spheres.events import EVENTS
 from cllm_spheres.kernels.sizes import BLOCK
-from cllm_spheres.model.geometry import geometry
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres.memory import Regions, Sizes
 
@@ -159,14 +159,18 @@ def test_the_table_of_presets_is_that_of_the_configuration():
 
 
 def test_the_table_of_memory_is_that_of_the_code():
-    for name, shared, segments, arena in rows(section(ROOT / "docs/spheres.md", "## The cost of memory")):
+    for name, shared, segments, *of_dtypes in rows(section(ROOT / "docs/spheres.md", "## The cost of memory")):
         config, shape = shape_of(name)
         size = Layout(shape).size
         sizes = Sizes(size, config.spheres, 2, 32, has_squares=True)
         largest_shard = -(-config.batch_size // config.spheres)
-        floats = geometry(Layout(shape), largest_shard=largest_shard).arena_floats
-        expected = [Regions(sizes).total, 4 * size * config.spheres, 4 * floats]
-        actual = [1e6 * number(cell) for cell in (shared, segments, arena)]
+        arenas = {
+            dtype: 4 * dtypes.geometry(Layout(shape), dtype, largest_shard=largest_shard).arena_floats
+            for dtype in dtypes.DTYPES
+        }
+        packed = dtypes.packed_sizes(Layout(shape), "bf16")[0]
+        expected = [Regions(sizes).total, 4 * size * config.spheres, arenas["fp32"], packed, arenas["bf16"]]
+        actual = [1e6 * number(cell) for cell in (shared, segments, *of_dtypes)]
         assert actual == pytest.approx(expected, rel=5e-3)  # three digits are shown
 
 
@@ -174,7 +178,7 @@ def test_the_table_of_regions_names_each_one():
     table = rows(section(ROOT / "docs/spheres.md", "## Shared memory"))
     named = re.findall(r"`(\w+)`", "".join(cells[0] for cells in table))
     regions = vars(Regions(Sizes(BLOCK, 1, 1, 1, has_squares=True)))
-    assert set(named) == regions.keys() - {"sizes", "stride", "total"}
+    assert set(named) == regions.keys() - {"sizes", "stride", "trace_stride", "total"}
 
 
 def test_the_table_of_events_names_each_one_that_is_written():
