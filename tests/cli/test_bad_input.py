@@ -47,7 +47,7 @@ CASES = {
     "tokenizer of the data": ("train {corpus} --tokenizer char", ["tokenizer byte, and char was given"]),
     "memory": (
         "train {corpus} --width 20000 --layers 40 --heads 4",
-        ["Not enough memory", "parameters with 12 spheres", "are available", "try a smaller --preset"],
+        ["Not enough memory", "parameters with 6 spheres", "are available", "try a smaller --preset"],
     ),
     "existing run": ("train {corpus} --run {run}", ["exists already", "cllm-spheres train --resume --run {run}"]),
     "existing folder": ("train {corpus} --run binary", ["binary exists already", "Or give another --run"]),

@@ -28,9 +28,9 @@ def resolve(corpus, monkeypatch):
 @pytest.mark.parametrize(
     ("cores", "options", "expected"),
     [
-        # plain `train`: every core is busy, and up to 12 cores the bits do not depend on the machine
-        (1, {}, (1, 12, 12)),
-        (8, {}, (8, 12, 12)),
+        # plain `train`: every core is busy, and up to 6 cores the bits do not depend on the machine
+        (1, {}, (1, 6, 12)),
+        (8, {}, (8, 8, 12)),
         (12, {}, (12, 12, 12)),
         (63, {}, (63, 63, 63)),
         (500, {}, (156, 156, 156)),
@@ -42,7 +42,7 @@ def resolve(corpus, monkeypatch):
         (2, {"workers": 63}, (63, 63, 63)),
         (2, {"workers": 63, "preset": "minimal"}, (63, 63, 63)),
         (2, {"workers": 63, "preset": "gpt2"}, (63, 63, 63)),
-        (64, {"workers": 3}, (3, 12, 12)),
+        (64, {"workers": 3}, (3, 6, 12)),
         (2, {"workers": 14, "preset": "medium"}, (14, 14, 16)),
         # spheres given
         (8, {"spheres": 4}, (4, 4, 12)),
@@ -51,7 +51,7 @@ def resolve(corpus, monkeypatch):
         (8, {"spheres": 1, "preset": "minimal"}, (1, 1, 2)),
         # a batch given: fewer spheres where it is small
         (8, {"batch_size": 4}, (4, 4, 4)),
-        (8, {"batch_size": 100}, (8, 12, 100)),
+        (8, {"batch_size": 100}, (8, 8, 100)),
         (63, {"batch_size": 20}, (20, 20, 20)),
         (8, {"batch_size": 1}, (1, 1, 1)),
         (8, {"batch_size": 1, "preset": "minimal"}, (1, 1, 1)),
