@@ -21,7 +21,7 @@ from cllm_spheres.kernels.cross_entropy import head_loss_backward
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward
-from cllm_spheres.kernels.sizes import attention_floats
+from cllm_spheres.kernels.sizes import attention_floats, product_floats
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.gpt import compute_shard
@@ -55,6 +55,8 @@ def kernels(shape: Shape, sequences: int) -> dict[str, tuple[int, Callable[[], o
     gain, bias, mean, rstd = floats(c), floats(c), np.empty(n, np.float32), np.empty(n, np.float32)
     lse, scratch, zero = np.empty(n * h, np.float32), np.empty(attention_floats(t), np.float32), np.uint64(0)
     one = np.float32(1)
+    product_scratch = np.empty(product_floats(max(n, f, shape.vocab_size)), np.float32)
+    products = product_scratch.ctypes.data
     rows = int(geometry(Layout(shape), largest_shard=sequences).array[G.HEAD_ROWS])
     wte, logits, ids = (
         floats(shape.vocab_size, c),
@@ -65,9 +67,13 @@ def kernels(shape: Shape, sequences: int) -> dict[str, tuple[int, Callable[[], o
     for i, o in ((c, 3 * c), (c, c), (c, f), (f, c)):
         w, b, into = floats(i, o) * np.float32(0.02), floats(o), floats(n, o)
         source, dx, dw = floats(n, i), floats(n, i), floats(i, o)
-        calls[f"linear {i} to {o}, forward"] = (layers, lambda s=source, w=w, b=b, y=into: linear_forward(s, w, b, y))
+        calls[f"linear {i} to {o}, forward"] = (
+            layers,
+            lambda s=source, w=w, b=b, y=into: linear_forward(s, w, b, y, products),
+        )
         calls[f"linear {i} to {o}, backward"] = (
-            layers, lambda y=into, s=source, w=w, dx=dx, dw=dw, b=b: linear_backward(y, s, w, dx, dw, b, False),
+            layers,
+            lambda y=into, s=source, w=w, dx=dx, dw=dw, b=b: linear_backward(y, s, w, dx, dw, b, False, products),
         )  # fmt: skip
     out, dqkv = floats(n, c), floats(n, 3 * c)
     calls["attention, forward"] = (
@@ -86,7 +92,7 @@ def kernels(shape: Shape, sequences: int) -> dict[str, tuple[int, Callable[[], o
     calls["gelu, backward"] = (layers, lambda: gelu_backward(ff.reshape(-1), act))
     head_x = x * np.float32(0.1)
     calls["head, loss and both gradients"] = (
-        1, lambda: head_loss_backward(head_x, wte, ids, one, logits, floats_dx, wte_gradient, False),
+        1, lambda: head_loss_backward(head_x, wte, ids, one, logits, floats_dx, wte_gradient, False, products),
     )  # fmt: skip
     wte_gradient = floats(shape.vocab_size, c)
     return calls
@@ -123,7 +129,9 @@ def main() -> None:
         config.vocab_size or 257, config.block_size, config.layers, config.heads, config.width,
         config.ff_width or 4 * config.width, config.bias,
     )  # fmt: skip
-    sequences = min(sequences_at_a_time(shape.block_size), -(-(config.batch_size or 1) // (config.spheres or 1)))
+    sequences = min(
+        sequences_at_a_time(shape.block_size, shape.width), -(-(config.batch_size or 1) // (config.spheres or 1))
+    )
     whole = whole_s(shape, sequences, arguments.repeats)
     rows, total = [], 0.0
     for name, (count, call) in kernels(shape, sequences).items():

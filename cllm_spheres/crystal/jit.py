@@ -31,9 +31,10 @@ from numba.extending import intrinsic
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
 COMPILED = (
-    "crystal/*.py", "kernels/**/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py",
-    "spheres/memory.py", "text/batches.py",
+    "crystal/*.py", "kernels/*.py", "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py",
+    "spheres/engine.py", "spheres/memory.py", "text/batches.py",
 )  # fmt: skip
+GEMM_VARIABLE = "CLLM_SPHERES_GEMM"  # forces a backend of the float32 products: other machine code, another folder
 OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
 
 
@@ -65,6 +66,7 @@ def _cache_folder() -> Path:
         sys.version,
         cpu_name(),
         cpu_features(),
+        os.environ.get(GEMM_VARIABLE, ""),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -32,7 +32,7 @@ class Model:
         self._params_P = new_arena(self._layout.size)
         self._params_P[:] = 0
         self._layout.fill(self._params_P, tensors)
-        self._geometry = geometry(self._layout, largest_shard=sequences_at_a_time(shape.block_size))
+        self._geometry = geometry(self._layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
         self._arena = new_arena(self._geometry.arena_floats)
         self._progress = np.zeros(1, np.int64)
 

@@ -14,8 +14,8 @@ from cllm_spheres.crystal.functions import exp, log
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import dot, exp_of_difference, f4, floats, row_max, scale_row
-from cllm_spheres.kernels.blas import gemm
 from cllm_spheres.kernels.dropout import dropout
+from cllm_spheres.kernels.products import gemm
 from cllm_spheres.kernels.sizes import QUERY_BLOCK
 
 
@@ -30,6 +30,7 @@ def attention_forward(qkv_N3C, length, heads, key, first_sequence, threshold, ke
     d, wide = width // heads, 3 * width
     scale = f4(1) / np.sqrt(f4(d))
     scores = scratch.ctypes.data
+    products = scores + 8 * QUERY_BLOCK * length
     for b in range(out_NC.shape[0] // length):
         for h in range(heads):
             q = qkv_N3C.ctypes.data + 4 * (b * length * wide + h * d)
@@ -40,19 +41,9 @@ def attention_forward(qkv_N3C, length, heads, key, first_sequence, threshold, ke
                 last = min(first + QUERY_BLOCK, length)
                 rows = last - first
                 gemm(
-                    False,
-                    True,
-                    rows,
-                    last,
-                    d,
-                    q + 4 * first * wide,
-                    wide,
-                    q + 4 * width,
-                    wide,
-                    f4(0),
-                    scores,
-                    last,
-                )
+                    False, True, rows, last, d, q + 4 * first * wide, wide, q + 4 * width, wide, 0, 0, 0, scores, last,
+                    products,
+                )  # fmt: skip
                 for r in range(rows):
                     i = first + r
                     row = floats(scores + 4 * r * last, last)
@@ -64,8 +55,8 @@ def attention_forward(qkv_N3C, length, heads, key, first_sequence, threshold, ke
                         row[j] = f4(0)
                     if threshold > 0:
                         dropout(row[: i + 1], i * length, head_key, threshold, keep_scale)
-                v = q + 8 * width
-                gemm(False, False, rows, d, last, scores, last, v, wide, f4(0), out + 4 * first * width, width)
+                v, out_rows = q + 8 * width, out + 4 * first * width
+                gemm(False, False, rows, d, last, scores, last, v, wide, 0, 0, 0, out_rows, width, products)
 
 
 @kernel
@@ -102,6 +93,7 @@ def attention_backward(
     scale = f4(1) / np.sqrt(f4(d))
     p_address = scratch.ctypes.data
     dp_address = p_address + 4 * QUERY_BLOCK * length
+    products = dp_address + 4 * QUERY_BLOCK * length
     for b in range(out_NC.shape[0] // length):
         for h in range(heads):
             q = qkv_N3C.ctypes.data + 4 * (b * length * wide + h * d)
@@ -116,8 +108,8 @@ def attention_backward(
                 last = min(first + QUERY_BLOCK, length)
                 rows = last - first
                 q_rows, do_rows = q + 4 * first * wide, dout + 4 * first * width
-                gemm(False, True, rows, last, d, q_rows, wide, k, wide, f4(0), p_address, last)
-                gemm(False, True, rows, last, d, do_rows, width, v, wide, f4(0), dp_address, last)
+                gemm(False, True, rows, last, d, q_rows, wide, k, wide, 0, 0, 0, p_address, last, products)
+                gemm(False, True, rows, last, d, do_rows, width, v, wide, 0, 0, 0, dp_address, last, products)
                 for r in range(rows):
                     i = first + r
                     n = b * length + i
@@ -132,7 +124,8 @@ def attention_backward(
                         dp[j] = f4(0)
                     if threshold > 0:
                         dropout(p[: i + 1], i * length, head_key, threshold, keep_scale)
-                beta = f4(0) if last == length else f4(1)
-                gemm(False, False, rows, d, last, dp_address, last, k, wide, f4(0), dq + 4 * first * wide, wide)
-                gemm(True, False, last, d, rows, dp_address, last, q_rows, wide, beta, dk, wide)
-                gemm(True, False, last, d, rows, p_address, last, do_rows, width, beta, dv, wide)
+                old_dk, old_dv = (0, 0) if last == length else (dk, dv)
+                dq_rows = dq + 4 * first * wide
+                gemm(False, False, rows, d, last, dp_address, last, k, wide, 0, 0, 0, dq_rows, wide, products)
+                gemm(True, False, last, d, rows, dp_address, last, q_rows, wide, old_dk, wide, 0, dk, wide, products)
+                gemm(True, False, last, d, rows, p_address, last, do_rows, width, old_dv, wide, 0, dv, wide, products)

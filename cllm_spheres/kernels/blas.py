@@ -68,7 +68,7 @@ def description() -> str:
 
 
 @kernel
-def gemm(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc):
+def blas_gemm(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc):
     """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C. a, b, c: addresses; ld*: floats from row to row.
 
     With beta 0 what stood in C does not matter, NaN neither.

@@ -10,7 +10,7 @@ import numpy as np
 from cllm_spheres.crystal.functions import log
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import exp_of_difference, f4, row_max, scale_row
-from cllm_spheres.kernels.blas import gemm
+from cllm_spheres.kernels.products import gemm
 
 
 @kernel
@@ -33,20 +33,22 @@ def softmax_cross_entropy(logits_RV, targets_R, scale):
 
 
 @kernel
-def head_loss(x_NC, wte_VC, targets_N, logits_RV):
-    """Sum of the token losses, float64, without gradients. logits_RV: scratch of R rows."""
+def head_loss(x_NC, wte_VC, targets_N, logits_RV, scratch):
+    """Sum of the token losses, float64, without gradients. logits_RV: scratch of R rows; scratch: as in linear.py."""
     n, c, v, rows = x_NC.shape[0], x_NC.shape[1], wte_VC.shape[0], logits_RV.shape[0]
     loss = 0.0
     for start in range(0, n, rows):
         r = min(rows, n - start)
         x = x_NC[start : start + r]
-        gemm(False, True, r, v, c, x.ctypes.data, c, wte_VC.ctypes.data, c, f4(0), logits_RV.ctypes.data, v)
+        gemm(
+            False, True, r, v, c, x.ctypes.data, c, wte_VC.ctypes.data, c, 0, 0, 0, logits_RV.ctypes.data, v, scratch
+        )  # fmt: skip
         loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], f4(0))
     return loss
 
 
 @kernel
-def head_loss_backward(x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC, accumulate):
+def head_loss_backward(x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC, accumulate, scratch):
     """As head_loss; also dx = scale * dloss/dx (overwrites), dwte (+)= (`accumulate` false overwrites)."""
     n, c, v, rows = x_NC.shape[0], x_NC.shape[1], wte_VC.shape[0], logits_RV.shape[0]
     logits, wte, dwte = logits_RV.ctypes.data, wte_VC.ctypes.data, dwte_VC.ctypes.data
@@ -54,8 +56,8 @@ def head_loss_backward(x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC
     for start in range(0, n, rows):
         r = min(rows, n - start)
         x, dx = x_NC[start : start + r].ctypes.data, dx_NC[start : start + r].ctypes.data
-        gemm(False, True, r, v, c, x, c, wte, c, f4(0), logits, v)
+        gemm(False, True, r, v, c, x, c, wte, c, 0, 0, 0, logits, v, scratch)
         loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], scale)
-        gemm(False, False, r, c, v, logits, v, wte, c, f4(0), dx, c)
-        gemm(True, False, v, c, r, logits, v, x, c, f4(1) if accumulate or start > 0 else f4(0), dwte, c)
+        gemm(False, False, r, c, v, logits, v, wte, c, 0, 0, 0, dx, c, scratch)
+        gemm(True, False, v, c, r, logits, v, x, c, dwte if accumulate or start > 0 else 0, c, 0, dwte, c, scratch)
     return loss

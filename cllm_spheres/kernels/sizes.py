@@ -9,11 +9,20 @@ QUERY_BLOCK = 64  # queries that attention looks at together
 KEPT_FROM = 3
 
 HEADER_WORDS = 4  # of a trace, before its marks
+STRIP = 16  # floats that a packed row of up to 14 elements takes: a cache line
+TILE_ROWS, TILE_COLUMNS = 14, 32
+STRETCH = 320  # of k, packed at a time: a strip of B is 40 KB
+STRIPS = 48  # of A, packed at a time: 1 MB
+
+
+def product_floats(largest_m: int) -> int:
+    """Floats of scratch for float32 matrix products of at most `largest_m` rows."""
+    return STRETCH * (STRIP * min(STRIPS, -(-largest_m // TILE_ROWS)) + TILE_COLUMNS)
 
 
 def attention_floats(length: int) -> int:
-    """Floats of scratch for the attention of `length` tokens: scores and their gradients of one block of queries."""
-    return 2 * QUERY_BLOCK * length
+    """Floats of scratch for the attention of `length` tokens: a block of queries' scores, and products."""
+    return 2 * QUERY_BLOCK * length + product_floats(max(length, QUERY_BLOCK))
 
 
 def keeps_sum(num_spheres: int) -> bool:

@@ -15,7 +15,6 @@ from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward, attention_forward
-from cllm_spheres.kernels.blas import gemm
 from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward
 from cllm_spheres.kernels.dropout import dropout_sequences
 from cllm_spheres.kernels.embedding import embedding_backward, embedding_forward
@@ -23,6 +22,7 @@ from cllm_spheres.kernels.fpu import flush_subnormals, restore
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward, linear_residual_forward
+from cllm_spheres.kernels.products import gemm
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.layout import (
     B_ATT,
@@ -106,12 +106,12 @@ def _dropout_of(g, key):
 
 
 @kernel
-def _add_projection(x, w, b, residual, out, length, key, first_sequence, threshold, keep_scale):
+def _add_projection(x, w, b, residual, out, products, length, key, first_sequence, threshold, keep_scale):
     """out = residual + dropout(x @ w + b)."""
     if threshold == 0:
-        linear_residual_forward(x, w, b, residual, out)
+        linear_residual_forward(x, w, b, residual, out, products)
         return
-    linear_forward(x, w, b, out)
+    linear_forward(x, w, b, out, products)
     dropout_sequences(out, length, key, first_sequence, threshold, keep_scale)
     for n in range(out.shape[0]):
         row, old = out[n], residual[n]
@@ -138,7 +138,7 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
     n, c, heads = ids_N.size, g[G.WIDTH], g[G.HEADS]
     threshold, keep_scale = _dropout_of(g, key)
     wte, wpe, gain, bias = _ends(g, params)
-    scratch = floats(arena + 4 * g[G.SCRATCH], 1)
+    scratch, products = floats(arena + 4 * g[G.SCRATCH], 1), arena + 4 * g[G.PRODUCTS]
     x_last, lnf = _shared(g, arena, G.X_LAST, n, c), _shared(g, arena, G.LNF, n, c)
     first = _activations(g, arena, 0, n)[0]
     embedding_forward(ids_N, wte, wpe, length, first)
@@ -155,15 +155,17 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
         )
 
         layernorm_forward(x, gain1, bias1, ln1, mean1, rstd1)
-        linear_forward(ln1, w_qkv, b_qkv, qkv)
+        linear_forward(ln1, w_qkv, b_qkv, qkv, products)
         attention_forward(
             qkv, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, att, lse
         )  # fmt: skip
-        _add_projection(att, w_att, b_att, x, mid, length, key_mid, first_sequence, threshold, keep_scale)
+        _add_projection(att, w_att, b_att, x, mid, products, length, key_mid, first_sequence, threshold, keep_scale)
         layernorm_forward(mid, gain2, bias2, ln2, mean2, rstd2)
-        linear_forward(ln2, w_up, b_up, up)
+        linear_forward(ln2, w_up, b_up, up, products)
         gelu_forward(up.reshape(up.size), act.reshape(act.size))
-        _add_projection(act, w_down, b_down, mid, following, length, key_out, first_sequence, threshold, keep_scale)
+        _add_projection(
+            act, w_down, b_down, mid, following, products, length, key_out, first_sequence, threshold, keep_scale
+        )  # fmt: skip
         progress[0] += 1
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     layernorm_forward(x_last, gain, bias, lnf, stats[:n], stats[n:])
@@ -180,7 +182,7 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     threshold, keep_scale = _dropout_of(g, key)
     gain = _ends(g, params)[2]
     dwte, dwpe, dgain, dbias = _ends(g, segment)
-    scratch = floats(arena + 4 * g[G.SCRATCH], 1)
+    scratch, products = floats(arena + 4 * g[G.SCRATCH], 1), arena + 4 * g[G.PRODUCTS]
     dx, dt, datt = _shared(g, arena, G.DX, n, c), _shared(g, arena, G.DT, n, c), _shared(g, arena, G.DATT, n, c)
     dqkv, dact = _shared(g, arena, G.DQKV, n, 3 * c), _shared(g, arena, G.DACT, n, f)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
@@ -200,16 +202,16 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
         )
 
         dy = _through_dropout(dx, dt, length, key_out, first_sequence, threshold, keep_scale)
-        linear_backward(dy, act, w_down, dact, dw_down, db_down, accumulate)
+        linear_backward(dy, act, w_down, dact, dw_down, db_down, accumulate, products)
         gelu_backward(up.reshape(up.size), dact.reshape(dact.size))
-        linear_backward(dact, ln2, w_up, dt, dw_up, db_up, accumulate)
+        linear_backward(dact, ln2, w_up, dt, dw_up, db_up, accumulate, products)
         layernorm_backward(dt, mid, gain2, mean2, rstd2, dx, dgain2, dbias2, accumulate)
         dy = _through_dropout(dx, dt, length, key_mid, first_sequence, threshold, keep_scale)
-        linear_backward(dy, att, w_att, datt, dw_att, db_att, accumulate)
+        linear_backward(dy, att, w_att, datt, dw_att, db_att, accumulate, products)
         attention_backward(
             datt, qkv, att, lse, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, dqkv
         )
-        linear_backward(dqkv, ln1, w_qkv, dt, dw_qkv, db_qkv, accumulate)
+        linear_backward(dqkv, ln1, w_qkv, dt, dw_qkv, db_qkv, accumulate, products)
         layernorm_backward(dt, x, gain1, mean1, rstd1, dx, dgain1, dbias1, accumulate)
         progress[0] += 1
     if threshold > 0:
@@ -249,7 +251,7 @@ def compute_shard(
         x = forward(g, params, arena, ids, length, dropout_key, first_sequence + first, layers_done)
         loss += head_loss_backward(
             x, wte, tokens(targets + 4 * first * length, rows), f4(scale), _logits(g, arena),
-            _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate,
+            _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate, arena + 4 * g[G.PRODUCTS],
         )  # fmt: skip
         backward(
             g, params, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
@@ -264,7 +266,8 @@ def evaluate_window(geometry, params, packed, arena, inputs, targets, length, pr
     state = flush_subnormals()
     g = _geometry(geometry)
     x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
-    loss = head_loss(x, _ends(g, params)[0], tokens(targets, length), _logits(g, arena))
+    products = arena + 4 * g[G.PRODUCTS]
+    loss = head_loss(x, _ends(g, params)[0], tokens(targets, length), _logits(g, arena), products)
     restore(state)
     return loss
 
@@ -276,6 +279,7 @@ def compute_logits(geometry, params, arena, inputs, length, first_row, logits, p
     g = _geometry(geometry)
     x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
     rows, c, v = length - first_row, g[G.WIDTH], g[G.VOCAB]
-    gemm(False, True, rows, v, c, x[first_row:].ctypes.data, c, params + 4 * g[G.WTE], c, f4(0), logits, v)
+    wte, products = params + 4 * g[G.WTE], arena + 4 * g[G.PRODUCTS]
+    gemm(False, True, rows, v, c, x[first_row:].ctypes.data, c, wte, c, 0, 0, 0, logits, v, products)
     restore(state)
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-ARITHMETIC = 1  # raised whenever a change of ours changes bits
+ARITHMETIC = 2  # raised whenever a change of ours changes bits
 
 
 def fingerprint(dtype: str) -> dict[str, Any]:
@@ -14,13 +14,13 @@ def fingerprint(dtype: str) -> dict[str, Any]:
     import numba
 
     from cllm_spheres.crystal import jit
-    from cllm_spheres.kernels import blas
+    from cllm_spheres.kernels import blas, products
     from cllm_spheres.kernels.bf16.sizes import bf16_backend
 
     return {
         "arithmetic": ARITHMETIC,
         "dtype": dtype,
-        "backend": bf16_backend() if dtype == "bf16" else "openblas",
+        "backend": bf16_backend() if dtype == "bf16" else products.BACKEND,
         "blas": blas.description(),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward, softmax_cross_entropy
+from cllm_spheres.kernels.sizes import product_floats
 from tests import naive
 from tests.check import assert_close, assert_gradient
 
@@ -26,7 +27,7 @@ def inputs(rng, n, c, v):
 @pytest.mark.parametrize(("n", "c", "v", "rows"), SIZES)
 def test_the_loss_equals_its_twin(n, c, v, rows, rng, buffer):
     x, wte, targets = inputs(rng, n, c, v)
-    loss = head_loss(x, wte, targets, buffer(rows, v))
+    loss = head_loss(x, wte, targets, buffer(rows, v), buffer(product_floats(max(n, v))).ctypes.data)
     expected = naive.head_forward(x.astype(float), wte.astype(float), targets)
     # Logits up to ~30 in float32 are known to ~1e-6 each.
     assert abs(loss - expected) < 1e-5 * n
@@ -38,8 +39,10 @@ def test_backward_equals_its_twin(n, c, v, rows, accumulate, rng, buffer):
     x, wte, targets = inputs(rng, n, c, v)
     scale = np.float32(1 / 24)
     dx, dwte = buffer(n, c), buffer(v, c, fill=5 if accumulate else np.nan)
-    loss = head_loss_backward(x, wte, targets, scale, buffer(rows, v), dx, dwte, accumulate)
-    assert loss == head_loss(x, wte, targets, buffer(rows, v))
+    loss = head_loss_backward(
+        x, wte, targets, scale, buffer(rows, v), dx, dwte, accumulate, buffer(product_floats(max(n, v))).ctypes.data
+    )
+    assert loss == head_loss(x, wte, targets, buffer(rows, v), buffer(product_floats(max(n, v))).ctypes.data)
     expected = naive.head_backward(x.astype(float), wte.astype(float), targets)
     assert_close(dx, scale * expected[0])
     assert_close(dwte, 5 * accumulate + scale * expected[1])

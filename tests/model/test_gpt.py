@@ -77,7 +77,9 @@ def test_a_shard_is_computed_in_groups_that_add_up(whole, dtype):
 
 
 def sequences_at_a_time(dtype, shape):
-    return (geometry_bf16 if dtype == "bf16" else geometry).sequences_at_a_time(shape.block_size)
+    if dtype == "bf16":
+        return geometry_bf16.sequences_at_a_time(shape.block_size)
+    return geometry.sequences_at_a_time(shape.block_size, shape.width)
 
 
 def test_shards_add_up_to_the_batch(whole, dtype):

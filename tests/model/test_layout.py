@@ -53,7 +53,7 @@ def test_the_parts_of_the_workspace_do_not_overlap(shape, largest_shard):
     card = geometry(Layout(shape), largest_shard=largest_shard)
     values = dict(zip(FIELDS, card.array.tolist(), strict=False))
     n = values["sequences"] * shape.block_size
-    assert values["sequences"] == min(largest_shard, sequences_at_a_time(shape.block_size)) >= 1
+    assert values["sequences"] == min(largest_shard, sequences_at_a_time(shape.block_size, shape.width)) >= 1
     c, f = shape.width, shape.ff_width
     in_a_layer = dict(
         x=n * c, ln1=n * c, qkv=3 * n * c, lse=n * shape.heads, att=n * c, mid=n * c, ln2=n * c, up=n * f, act=n * f,
