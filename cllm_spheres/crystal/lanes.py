@@ -78,13 +78,36 @@ def place(b: Any, address: Any, offset: Any, kind: Any) -> Any:
     return b.inttoptr(b.add(address, offset if isinstance(offset, ir.Value) else constant(offset)), kind.as_pointer())
 
 
-def load(b: Any, address: Any, offset: Any = 0) -> Lanes:
-    """Sixteen float32 at address + offset bytes."""
-    return Lanes(b, b.load(place(b, address, offset, FLOATS), align=4))
+def load(b: Any, address: Any, offset: Any = 0, mask: Any = None) -> Lanes:
+    """Sixteen float32 at address + offset bytes; with a mask zeros elsewhere, where nothing is read."""
+    pointer = place(b, address, offset, FLOATS)
+    if mask is None:
+        return Lanes(b, b.load(pointer, align=4))
+    masked = function(b, "llvm.masked.load.v16f32.p0", FLOATS, [pointer.type, _i32, _MASK, FLOATS])
+    return Lanes(b, b.call(masked, [pointer, ir.Constant(_i32, 4), mask, ir.Constant(FLOATS, [0.0] * WIDTH)]))
 
 
-def store(lanes: Lanes, address: Any, offset: Any = 0) -> None:
-    lanes.b.store(lanes.value, place(lanes.b, address, offset, FLOATS), align=4)
+def store(lanes: Lanes, address: Any, offset: Any = 0, mask: Any = None) -> None:
+    """Write sixteen float32 at address + offset bytes; with a mask only those."""
+    b, pointer = lanes.b, place(lanes.b, address, offset, FLOATS)
+    if mask is None:
+        b.store(lanes.value, pointer, align=4)
+        return
+    masked = function(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), [FLOATS, pointer.type, _i32, _MASK])
+    b.call(masked, [lanes.value, pointer, ir.Constant(_i32, 4), mask])
+
+
+def over(b: Any, count: Any, body: Callable[[Any, Any], None]) -> None:
+    """body(offset in bytes, mask) for every sixteen of `count` numbers; the mask of whole sixteens is None.
+
+    A mask is never empty: a masked access to an address that is not mapped is slow even where nothing is wanted.
+    """
+    whole = b.and_(count, constant(-WIDTH))
+    with cgutils.for_range_slice(b, constant(0), whole, constant(WIDTH), intp=_i64) as (i, _):
+        body(b.mul(i, constant(4)), None)
+    rest = b.sub(count, whole)
+    with b.if_then(b.icmp_signed(">", rest, constant(0))):
+        body(b.mul(whole, constant(4)), first_lanes(b, rest))
 
 
 def spread(b: Any, number: Any) -> Lanes:
@@ -141,10 +164,12 @@ def each(b: Any, count: Any) -> Any:
     return cgutils.for_range(b, count, intp=_i64)
 
 
-def exp(x: Lanes) -> Lanes:
-    """e**x as in crystal/functions.py, for x <= 88: 0 below -87, NaN stays NaN."""
+def exp(x: Lanes, overflows: bool = False) -> Lanes:
+    """e**x as in crystal/functions.py: 0 below -87, NaN stays NaN. x <= 88, or with `overflows` inf above."""
     b = x.b
     t = spread(b, F.EXP_LOW).where(x.less(F.EXP_LOW), x)
+    if overflows:
+        t = spread(b, F.EXP_HIGH).where(spread(b, F.EXP_HIGH).less(t), t)
     rounded = t.times_plus(F.LOG2_E, F.ROUND)
     n = rounded - F.ROUND
     r = n.times_plus(-F.LN2_HIGH, t)
@@ -156,7 +181,8 @@ def exp(x: Lanes) -> Lanes:
     shift = ir.Constant(WORDS, [127 - int(F.ROUND_BITS)] * WIDTH)
     exponent = b.shl(b.add(b.bitcast(rounded.value, WORDS), shift), ir.Constant(WORDS, [23] * WIDTH))
     power = Lanes(b, b.bitcast(exponent, FLOATS))
-    return spread(b, 0.0).where(x.less(F.EXP_LOW), p * power)
+    result = spread(b, 0.0).where(x.less(F.EXP_LOW), p * power)
+    return spread(b, F.INFINITY).where(spread(b, F.EXP_HIGH).less(x), result) if overflows else result
 
 
 def reciprocal(x: Lanes) -> Lanes:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import llvmlite.ir as ir
 import numpy as np
 from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from cllm_spheres.crystal.functions import exp
-from cllm_spheres.crystal.jit import kernel, reduction
+from cllm_spheres.crystal import lanes as L
+from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
 from cllm_spheres.text.batches import pointer
 
 f4 = np.float32
-LANES = 16
+_i8, _f4 = types.int64, types.float32
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 @kernel
@@ -46,65 +45,73 @@ def tokens(address, n):
     return carray(pointer(address), n, np.int32)
 
 
-@intrinsic
-def row_max_at(typing_context, address, n):
-    """The largest of n float32 at an address, 16 at a time; NaN is passed over (exp(x - max) keeps it)."""
+@vectorised(_i8, _i8, result=_f4)
+def _row_max(b, row, n):
+    best = L.variable(b, spread(b, _LOWEST))
 
-    def generate(context, b, signature, arguments):
-        vector = ir.VectorType(ir.FloatType(), LANES)
-        i64, pointer_type = ir.IntType(64), ir.FloatType().as_pointer()
-        base, count = b.inttoptr(arguments[0], pointer_type), arguments[1]
-        lowest = float(np.finfo(np.float32).min)
-        best = cgutils.alloca_once_value(b, ir.Constant(vector, [lowest] * LANES))
-        whole = b.and_(count, ir.Constant(i64, ~(LANES - 1)))
-        with cgutils.for_range_slice(b, ir.Constant(i64, 0), whole, ir.Constant(i64, LANES)) as (i, _):
-            x = b.load(b.bitcast(b.gep(base, [i]), vector.as_pointer()), align=4)
-            old = b.load(best)
-            b.store(b.select(b.fcmp_ordered(">", x, old), x, old), best)
-        reduce = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(ir.FloatType(), [vector]), "llvm.vector.reduce.fmax.v16f32"
-        )
-        result = cgutils.alloca_once_value(b, b.call(reduce, [b.load(best)]))
-        with cgutils.for_range_slice(b, whole, count, ir.Constant(i64, 1)) as (i, _):
-            y = b.load(b.gep(base, [i]), align=4)
-            old_one = b.load(result)
-            b.store(b.select(b.fcmp_ordered(">", y, old_one), y, old_one), result)
-        return b.load(result)
+    def take(at, mask):
+        x = load(b, row, at, mask)
+        x = x if mask is None else x.where(mask, _LOWEST)
+        b.store(x.larger(L.Lanes(b, b.load(best))).value, best)
 
-    return types.float32(types.int64, types.int64), generate
+    over(b, n, take)
+    return L.largest(L.Lanes(b, b.load(best)))
+
+
+@vectorised(_i8, _i8, _f4, _f4, result=_f4)
+def _exp_of_difference(b, row, n, shift, scale):
+    low, wide, sums = spread(b, shift), spread(b, scale), L.variable(b, spread(b, 0.0))
+
+    def take(at, mask):
+        e = exp((load(b, row, at, mask) - low) * wide)
+        store(e, row, at, mask)
+        e = e if mask is None else e.where(mask, 0.0)
+        b.store((L.Lanes(b, b.load(sums)) + e).value, sums)
+
+    over(b, n, take)
+    return L.total(L.Lanes(b, b.load(sums)))
+
+
+@vectorised(_i8, _i8, _i8, result=_f4)
+def _dot(b, x, y, n):
+    sums = L.variable(b, spread(b, 0.0))
+
+    def take(at, mask):
+        now = load(b, x, at, mask).times_plus(load(b, y, at, mask), L.Lanes(b, b.load(sums)))
+        b.store(now.value, sums)
+
+    over(b, n, take)
+    return L.total(L.Lanes(b, b.load(sums)))
+
+
+@vectorised(_i8, _i8, _f4)
+def _scale_row(b, row, n, factor):
+    wide = spread(b, factor)
+    over(b, n, lambda at, mask: store(load(b, row, at, mask) * wide, row, at, mask))
 
 
 @kernel
 def row_max(row):
-    """The largest element of a contiguous float32 row, at least one long."""
-    return row_max_at(row.ctypes.data, row.size)
+    """The largest element of a contiguous float32 row; NaN is passed over (exp(x - max) keeps it)."""
+    return _row_max(row.ctypes.data, row.size)
 
 
-@reduction
+@kernel
 def exp_of_difference(row, shift, scale, n):
-    """row[:n] = exp((row[:n] - shift) * scale) in place; the sum of what was written."""
-    total = f4(0)
-    for j in range(n):
-        e = exp((row[j] - shift) * scale)
-        row[j] = e
-        total += e
-    return total
+    """row[:n] = exp((row[:n] - shift) * scale) in place, for results of at most e**88; the sum of what was written."""
+    return _exp_of_difference(row.ctypes.data, n, shift, scale)
 
 
-@reduction
+@kernel
 def dot(x, y):
     """Sum of x * y over two rows."""
-    total = f4(0)
-    for j in range(x.size):
-        total += x[j] * y[j]
-    return total
+    return _dot(x.ctypes.data, y.ctypes.data, x.size)
 
 
 @kernel
 def scale_row(row, factor, n):
     """row[:n] *= factor."""
-    for j in range(n):
-        row[j] *= factor
+    _scale_row(row.ctypes.data, n, factor)
 
 
 @kernel

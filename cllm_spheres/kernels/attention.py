@@ -9,9 +9,11 @@ with T and not with T squared. Source: Vaswani et al. (2017); the recomputation 
 from __future__ import annotations
 
 import numpy as np
+from numba import types
 
-from cllm_spheres.crystal.functions import exp, log
+from cllm_spheres.crystal.functions import log
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import dot, exp_of_difference, f4, floats, row_max, scale_row
 from cllm_spheres.kernels.dropout import dropout
@@ -59,13 +61,17 @@ def attention_forward(qkv_N3C, length, heads, key, first_sequence, threshold, ke
                 gemm(False, False, rows, d, last, scores, last, v, wide, 0, 0, 0, out_rows, width, products)
 
 
-@kernel
-def _score_gradients(p, dp, lse, delta, scale, n):
+@vectorised(types.int64, types.int64, types.int64, types.float32, types.float32, types.float32)
+def _score_gradients(b, p, dp, n, scale, lse, delta):
     """p: scores -> probabilities; dp: their gradients -> gradients of the scaled scores, in place."""
-    for j in range(n):
-        probability = exp(p[j] * scale - lse)
-        p[j] = probability
-        dp[j] = probability * (dp[j] - delta) * scale
+    wide, shift, mean = spread(b, scale), spread(b, lse), spread(b, delta)
+
+    def take(at, mask):
+        probability = exp(load(b, p, at, mask) * wide - shift)
+        store(probability, p, at, mask)
+        store(probability * ((load(b, dp, at, mask) - mean) * wide), dp, at, mask)
+
+    over(b, n, take)
 
 
 @kernel
@@ -118,7 +124,7 @@ def attention_backward(
                     delta = dot(dout_NC[n, h * d : (h + 1) * d], out_NC[n, h * d : (h + 1) * d])
                     if threshold > 0:
                         dropout(dp[: i + 1], i * length, head_key, threshold, keep_scale)
-                    _score_gradients(p, dp, lse_T[i], delta, scale, i + 1)
+                    _score_gradients(p.ctypes.data, dp.ctypes.data, i + 1, scale, lse_T[i], delta)
                     for j in range(i + 1, last):
                         p[j] = f4(0)
                         dp[j] = f4(0)

@@ -7,26 +7,50 @@ from __future__ import annotations
 
 import math
 
-from cllm_spheres.crystal.functions import exp
-from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.kernels.arrays import f4
+from numba import types
 
-_TWICE = f4(2 * math.sqrt(2 / math.pi))
-_CUBIC, _CUBIC_3, _ONE = f4(0.044715), f4(3 * 0.044715), f4(1)
+from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.lanes import Lanes, exp, load, over, reciprocal, spread, store, vectorised
+
+_i8 = types.int64
+_TWICE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def gelu_lanes(x: Lanes) -> Lanes:
+    """gelu(x), for the code generation of other kernels too."""
+    return x * _sigmoid(x)
+
+
+def gelu_slope_lanes(x: Lanes) -> Lanes:
+    """gelu'(x): with s = sigmoid(2u), s + x s (1 - s) d(2u)/dx."""
+    s = _sigmoid(x)
+    slope = (x * x).times_plus(3 * _CUBIC, 1.0) * _TWICE
+    return (x * s * (spread(x.b, 1.0) - s)).times_plus(slope, s)
+
+
+def _sigmoid(x: Lanes) -> Lanes:
+    """1 / (1 + exp(-2u))"""
+    cubic = (x * x).times_plus(_CUBIC, 1.0) * x
+    return reciprocal(exp(cubic * -_TWICE, overflows=True) + 1.0)
+
+
+@vectorised(_i8, _i8, _i8)
+def _forward(b, x, out, n):
+    over(b, n, lambda at, mask: store(gelu_lanes(load(b, x, at, mask)), out, at, mask))
+
+
+@vectorised(_i8, _i8, _i8)
+def _backward(b, x, dout, n):
+    over(b, n, lambda at, mask: store(load(b, dout, at, mask) * gelu_slope_lanes(load(b, x, at, mask)), dout, at, mask))
 
 
 @kernel
 def gelu_forward(x_N, out_N):
     """out = gelu(x); overwrites out."""
-    for i in range(x_N.size):
-        x = x_N[i]
-        out_N[i] = x / (_ONE + exp(-_TWICE * (x + _CUBIC * x * x * x)))
+    _forward(x_N.ctypes.data, out_N.ctypes.data, x_N.size)
 
 
 @kernel
 def gelu_backward(x_N, dout_N):
-    """dout *= gelu'(x), in place. With s = sigmoid(2u): s + x s (1 - s) d(2u)/dx."""
-    for i in range(x_N.size):
-        x = x_N[i]
-        s = _ONE / (_ONE + exp(-_TWICE * (x + _CUBIC * x * x * x)))
-        dout_N[i] *= s + x * s * (_ONE - s) * (_TWICE * (_ONE + _CUBIC_3 * x * x))
+    """dout *= gelu'(x), in place."""
+    _backward(x_N.ctypes.data, dout_N.ctypes.data, x_N.size)

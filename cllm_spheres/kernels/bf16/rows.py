@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import math
-
 from numba import types
 
 from cllm_spheres.crystal import lanes as L
-from cllm_spheres.crystal.lanes import each, exp, load, reciprocal, spread, store, total, vectorised
+from cllm_spheres.crystal.lanes import each, exp, load, spread, store, total, vectorised
 from cllm_spheres.kernels.bf16.tiles import TILE, load_line, store_line
+from cllm_spheres.kernels.gelu import gelu_lanes, gelu_slope_lanes
 
 _i8, _f4 = types.int64, types.float32
-_TWICE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # as in kernels/gelu.py
 _LOWEST = -1e30  # a masked score: its exponential is 0
 
 
@@ -28,19 +26,13 @@ def _tile(b, loop):
     return b.mul(loop.index, L.constant(TILE))
 
 
-def _sigmoid(x):
-    """1 / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3))): gelu(x) = x * this."""
-    cubic = (x * x).times_plus(_CUBIC, 1.0) * x
-    return reciprocal(exp(cubic * -_TWICE) + 1.0)
-
-
 @vectorised(_i8, _i8, _i8, _i8)
 def gelu_row(b, row, before, after, groups):
     """before = the row, after = gelu(row), both lines."""
     with each(b, groups) as loop:
         x = [load(b, row, at) for at in _halves(b, loop)]
         store_line(b, x, before, _tile(b, loop))
-        store_line(b, [y * _sigmoid(y) for y in x], after, _tile(b, loop))
+        store_line(b, [gelu_lanes(y) for y in x], after, _tile(b, loop))
 
 
 @vectorised(_i8, _i8, _i8, _i8, _i8)
@@ -50,10 +42,7 @@ def gelu_backward_row(b, row, before, line, sums, groups):
     with each(b, groups) as loop:
         results = []
         for x, at in zip(load_line(b, before, _tile(b, loop)), _halves(b, loop), strict=True):
-            s = _sigmoid(x)
-            slope = (x * x).times_plus(3 * _CUBIC, 1.0) * _TWICE
-            d = (x * s * (spread(b, 1.0) - s)).times_plus(slope, s)
-            results.append(load(b, row, at) * d)
+            results.append(load(b, row, at) * gelu_slope_lanes(x))
         store_line(b, results, line, _tile(b, loop))
         with b.if_then(wanted):
             for y, at in zip(results, _halves(b, loop), strict=True):

@@ -47,6 +47,12 @@ class BFloat(ir.types.Type):
     def _to_string(self) -> str:
         return "bfloat"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
 
 _bfloat32 = ir.VectorType(BFloat(), 32)
 
