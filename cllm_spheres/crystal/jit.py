@@ -34,7 +34,8 @@ COMPILED = (
     "crystal/*.py", "kernels/*.py", "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py",
     "spheres/engine.py", "spheres/memory.py", "text/batches.py",
 )  # fmt: skip
-GEMM_VARIABLE = "CLLM_SPHERES_GEMM"  # forces a backend of the float32 products: other machine code, another folder
+# They force a backend of the products in float32 and in bfloat16: other machine code, another folder.
+GEMM_VARIABLE, BF16_VARIABLE = "CLLM_SPHERES_GEMM", "CLLM_SPHERES_BF16"
 OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
 
 
@@ -66,7 +67,7 @@ def _cache_folder() -> Path:
         sys.version,
         cpu_name(),
         cpu_features(),
-        os.environ.get(GEMM_VARIABLE, ""),
+        *(os.environ.get(variable, "") for variable in (GEMM_VARIABLE, BF16_VARIABLE)),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

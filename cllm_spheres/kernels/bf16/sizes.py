@@ -8,6 +8,8 @@ import platform
 
 import llvmlite.binding as llvm
 
+from cllm_spheres.crystal.jit import BF16_VARIABLE
+
 SWEEP = 256  # columns of a product that are finished together: 32 rows of them, 32 KB, stay in L1
 CHUNK = 1024  # columns of the vocabulary that the head looks at together
 _ARCH_REQ_XCOMP_PERM, _XTILEDATA, _SYS_ARCH_PRCTL = 0x1023, 18, 158
@@ -37,7 +39,7 @@ def bf16_backend() -> str | None:
 
     CLLM_SPHERES_BF16=avx512 leaves AMX alone, CLLM_SPHERES_BF16=none both: for tests and comparisons.
     """
-    wanted = os.environ.get("CLLM_SPHERES_BF16", "amx")
+    wanted = os.environ.get(BF16_VARIABLE) or "amx"
     features = llvm.get_host_cpu_features()
     if wanted == "none" or not all(features.get(name) for name in ("avx512bf16", "avx512bw", "avx512vl")):
         return None
