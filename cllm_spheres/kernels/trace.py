@@ -16,15 +16,15 @@ from cllm_spheres.kernels.sizes import HEADER_WORDS
 
 KINDS = (
     "begin", "pack", "wait", "gather", "update", "read tokens", "embedding", "layer norm", "qkv", "attention",
-    "attention projection", "feed-forward up", "feed-forward down", "head", "linear dx", "linear dw",
-    "gelu backward", "attention backward", "layer norm backward", "rearrange", "bias and residual backward",
-    "embedding backward",
+    "attention projection", "feed-forward up", "gelu", "feed-forward down", "head", "linear dx", "linear dw",
+    "linear backward", "gelu backward", "attention backward", "layer norm backward", "rearrange",
+    "bias and residual backward", "embedding backward",
 )  # fmt: skip
 (
     BEGIN, PACK, WAIT, GATHER, UPDATE, READ, EMBED, NORM, QKV, ATTENTION,
-    PROJECTION, UP, DOWN, HEAD, DX, DW,
-    GELU_BACKWARD, ATTENTION_BACKWARD, NORM_BACKWARD, REARRANGE, RESIDUAL,
-    EMBED_BACKWARD,
+    PROJECTION, UP, GELU, DOWN, HEAD, DX, DW,
+    LINEAR_BACKWARD, GELU_BACKWARD, ATTENTION_BACKWARD, NORM_BACKWARD, REARRANGE,
+    RESIDUAL, EMBED_BACKWARD,
 ) = range(len(KINDS))  # fmt: skip
 SPHERE = 1 << 20
 MONOTONIC = 1

@@ -13,6 +13,7 @@ from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
+from cllm_spheres.kernels import trace as K
 from cllm_spheres.kernels.arrays import f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward
@@ -23,6 +24,7 @@ from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward, linear_residual_forward
 from cllm_spheres.kernels.products import gemm
+from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.layout import (
     B_ATT,
@@ -144,6 +146,7 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
     embedding_forward(ids_N, wte, wpe, length, first)
     if threshold > 0:
         dropout_sequences(first, length, combine(key, 0), first_sequence, threshold, keep_scale)
+    mark(g[G.TRACE], K.EMBED)
     for layer in range(g[G.LAYERS]):
         x, ln1, qkv, lse, att, mid, ln2, up, act, mean1, rstd1, mean2, rstd2 = _activations(g, arena, layer, n)
         gain1, bias1, w_qkv, b_qkv, w_att, b_att, gain2, bias2, w_up, b_up, w_down, b_down = _layer(g, params, layer)
@@ -155,20 +158,29 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
         )
 
         layernorm_forward(x, gain1, bias1, ln1, mean1, rstd1)
+        mark(g[G.TRACE], K.NORM)
         linear_forward(ln1, w_qkv, b_qkv, qkv, products)
+        mark(g[G.TRACE], K.QKV)
         attention_forward(
             qkv, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, att, lse
         )  # fmt: skip
+        mark(g[G.TRACE], K.ATTENTION)
         _add_projection(att, w_att, b_att, x, mid, products, length, key_mid, first_sequence, threshold, keep_scale)
+        mark(g[G.TRACE], K.PROJECTION)
         layernorm_forward(mid, gain2, bias2, ln2, mean2, rstd2)
+        mark(g[G.TRACE], K.NORM)
         linear_forward(ln2, w_up, b_up, up, products)
+        mark(g[G.TRACE], K.UP)
         gelu_forward(up.reshape(up.size), act.reshape(act.size))
+        mark(g[G.TRACE], K.GELU)
         _add_projection(
             act, w_down, b_down, mid, following, products, length, key_out, first_sequence, threshold, keep_scale
         )  # fmt: skip
+        mark(g[G.TRACE], K.DOWN)
         progress[0] += 1
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     layernorm_forward(x_last, gain, bias, lnf, stats[:n], stats[n:])
+    mark(g[G.TRACE], K.NORM)
     return lnf
 
 
@@ -189,6 +201,7 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     x_last = _shared(g, arena, G.X_LAST, n, c)
     dx[:] = f4(0)
     layernorm_backward(dt, x_last, gain, stats[:n], stats[n:], dx, dgain, dbias, accumulate)
+    mark(g[G.TRACE], K.NORM_BACKWARD)
     for layer in range(g[G.LAYERS] - 1, -1, -1):
         x, ln1, qkv, lse, att, mid, ln2, up, act, mean1, rstd1, mean2, rstd2 = _activations(g, arena, layer, n)
         gain1, _1, w_qkv, _2, w_att, _3, gain2, _4, w_up, _5, w_down, _6 = _layer(g, params, layer)
@@ -203,20 +216,29 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
 
         dy = _through_dropout(dx, dt, length, key_out, first_sequence, threshold, keep_scale)
         linear_backward(dy, act, w_down, dact, dw_down, db_down, accumulate, products)
+        mark(g[G.TRACE], K.LINEAR_BACKWARD)
         gelu_backward(up.reshape(up.size), dact.reshape(dact.size))
+        mark(g[G.TRACE], K.GELU_BACKWARD)
         linear_backward(dact, ln2, w_up, dt, dw_up, db_up, accumulate, products)
+        mark(g[G.TRACE], K.LINEAR_BACKWARD)
         layernorm_backward(dt, mid, gain2, mean2, rstd2, dx, dgain2, dbias2, accumulate)
+        mark(g[G.TRACE], K.NORM_BACKWARD)
         dy = _through_dropout(dx, dt, length, key_mid, first_sequence, threshold, keep_scale)
         linear_backward(dy, att, w_att, datt, dw_att, db_att, accumulate, products)
+        mark(g[G.TRACE], K.LINEAR_BACKWARD)
         attention_backward(
             datt, qkv, att, lse, length, heads, key_att, first_sequence, threshold, keep_scale, scratch, dqkv
         )
+        mark(g[G.TRACE], K.ATTENTION_BACKWARD)
         linear_backward(dqkv, ln1, w_qkv, dt, dw_qkv, db_qkv, accumulate, products)
+        mark(g[G.TRACE], K.LINEAR_BACKWARD)
         layernorm_backward(dt, x, gain1, mean1, rstd1, dx, dgain1, dbias1, accumulate)
+        mark(g[G.TRACE], K.NORM_BACKWARD)
         progress[0] += 1
     if threshold > 0:
         dropout_sequences(dx, length, combine(key, 0), first_sequence, threshold, keep_scale)
     embedding_backward(dx, ids_N, length, dwte, dwpe, accumulate)
+    mark(g[G.TRACE], K.EMBED_BACKWARD)
 
 
 @kernel
@@ -253,6 +275,7 @@ def compute_shard(
             x, wte, tokens(targets + 4 * first * length, rows), f4(scale), _logits(g, arena),
             _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate, arena + 4 * g[G.PRODUCTS],
         )  # fmt: skip
+        mark(g[G.TRACE], K.HEAD)
         backward(
             g, params, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
         )  # fmt: skip
