@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.kernels import trace
 from cllm_spheres.spheres import atomics
 from tests.runs import WAIT_S
 
@@ -130,7 +131,7 @@ def test_a_wait_ends_with_its_time_out_and_is_not_begun_on_another_value(words):
 
 
 def test_the_clocks_are_those_of_the_system(words):
-    monotonic, real = (atomics.clock_ns(clock, at(words)) for clock in (1, 0))
+    monotonic, real = (trace.clock_ns(clock, at(words)) for clock in (1, 0))
     # asked a moment before: on any machine less than a minute
     assert 0 <= time.monotonic_ns() - monotonic < 60 * 10**9
     assert abs(time.time_ns() - real) < 60 * 10**9

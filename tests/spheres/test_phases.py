@@ -59,7 +59,7 @@ class Spheres:
 
     def compute(self):
         for x in self.contexts:
-            engine._compute(x, STEP)
+            engine._compute(x, STEP, 0)
 
     def gather(self):
         for x in self.contexts:
