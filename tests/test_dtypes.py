@@ -148,8 +148,8 @@ def test_avx512_trains_too_and_is_an_arithmetic_of_its_own(half, corpus, tmp_pat
         for workers in (1, 4)
     )
     assert one.bits == other.bits
-    # The same operands, added in another order: some 1e-7 of a loss, and what eight steps make of it.
-    assert np.allclose([r[1] for r in one.curve], [r[1] for r in half.curve], rtol=1e-3, atol=0)
+    # The same operands, added in another order: measured, 3e-9 of a loss over eight steps.
+    assert np.allclose([r[1] for r in one.curve], [r[1] for r in half.curve], rtol=1e-6, atol=0)
     assert "backend amx -> avx512" in resume(stopped.run, exact=True).message
 
 
