@@ -139,7 +139,6 @@ def test_a_resume_in_the_same_bfloat16_is_exact(half, corpus, tmp_path):  # noqa
 
 @pytest.mark.slow
 @HAS_AMX
-@pytest.mark.xfail(reason="AVX-512's block cannot be compiled, and AMX's machine code is taken for it", strict=True)
 def test_avx512_trains_too_and_is_an_arithmetic_of_its_own(half, corpus, tmp_path, monkeypatch):  # noqa: F811
     stopped = train_whole(corpus, tmp_path / "stopped", **SHORT | {"dtype": "bf16", "stop_at": 4})
     monkeypatch.setenv("CLLM_SPHERES_BF16", "avx512")
@@ -148,8 +147,11 @@ def test_avx512_trains_too_and_is_an_arithmetic_of_its_own(half, corpus, tmp_pat
         for workers in (1, 4)
     )
     assert one.bits == other.bits
-    # The same operands, added in another order: measured, 3e-9 of a loss over eight steps.
-    assert np.allclose([r[1] for r in one.curve], [r[1] for r in half.curve], rtol=1e-6, atol=0)
+    # The same operands, added in another order. Measured over eight seeds: 2e-9 of a loss in the first step; then a sum
+    # that differs in its last bit rounds to another bfloat16 here and there, and eight steps make 1e-5 of it at most.
+    ours, theirs = ([r[1] for r in run.curve] for run in (one, half))
+    assert np.isclose(ours[0], theirs[0], rtol=1e-7, atol=0) and np.allclose(ours, theirs, rtol=1e-4, atol=0)
+    assert ours != theirs
     assert "backend amx -> avx512" in resume(stopped.run, exact=True).message
 
 
