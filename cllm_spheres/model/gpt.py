@@ -132,12 +132,21 @@ def _through_dropout(dx, dt, length, key, first_sequence, threshold, keep_scale)
 
 
 @kernel
-def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
-    """All activations of N = ids_N.size rows into the arena; returns the final normed rows [N, C].
+def _geometry(address):
+    """The geometry's array; its length depends on the number of layers, which stands in it."""
+    layers = integers(address, G.LAYERS + 1)[G.LAYERS]
+    return integers(address, G.LAYER_OFFSETS + layers * _PER_LAYER)
 
-    params, arena: addresses. key: uint64 dropout key of the step, 0 for none.
+
+@entry(_i8(*[_i8] * 9))
+def forward(geometry, params, arena, ids, n, length, dropout_key, first_sequence, progress_at):
+    """All activations of n rows into the arena; the final normed rows stand at LNF. Returns 0.
+
+    An entry, so that it is compiled once and not for each of its callers. Arguments as in compute_shard; ids: int32[n].
     """
-    n, c, heads = ids_N.size, g[G.WIDTH], g[G.HEADS]
+    g = _geometry(geometry)
+    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, 1)
+    c, heads = g[G.WIDTH], g[G.HEADS]
     threshold, keep_scale = _dropout_of(g, key)
     wte, wpe, gain, bias = _ends(g, params)
     scratch, products = floats(arena + 4 * g[G.SCRATCH], 1), arena + 4 * g[G.PRODUCTS]
@@ -181,7 +190,10 @@ def forward(g, params, arena, ids_N, length, key, first_sequence, progress):
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     layernorm_forward(x_last, gain, bias, lnf, stats[:n], stats[n:])
     mark(g[G.TRACE], K.NORM)
-    return lnf
+    return 0
+
+
+_forward = forward.external
 
 
 @kernel
@@ -241,13 +253,6 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     mark(g[G.TRACE], K.EMBED_BACKWARD)
 
 
-@kernel
-def _geometry(address):
-    """The geometry's array; its length depends on the number of layers, which stands in it."""
-    layers = integers(address, G.LAYERS + 1)[G.LAYERS]
-    return integers(address, G.LAYER_OFFSETS + layers * _PER_LAYER)
-
-
 @entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
 def compute_shard(
     geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, progress
@@ -270,7 +275,8 @@ def compute_shard(
         rows = min(at_a_time, count - first) * length
         accumulate = first > 0
         ids = tokens(inputs + 4 * first * length, rows)
-        x = forward(g, params, arena, ids, length, dropout_key, first_sequence + first, layers_done)
+        _forward(geometry, params, arena, ids.ctypes.data, rows, length, key, first_sequence + first, progress)
+        x = _shared(g, arena, G.LNF, rows, g[G.WIDTH])
         loss += head_loss_backward(
             x, wte, tokens(targets + 4 * first * length, rows), f4(scale), _logits(g, arena),
             _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate, arena + 4 * g[G.PRODUCTS],
@@ -288,7 +294,8 @@ def evaluate_window(geometry, params, packed, arena, inputs, targets, length, pr
     """The summed loss of one window of `length` tokens, without dropout. Addresses as in compute_shard."""
     state = flush_subnormals()
     g = _geometry(geometry)
-    x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
+    _forward(geometry, params, arena, inputs, length, length, 0, 0, progress)
+    x = _shared(g, arena, G.LNF, length, g[G.WIDTH])
     products = arena + 4 * g[G.PRODUCTS]
     loss = head_loss(x, _ends(g, params)[0], tokens(targets, length), _logits(g, arena), products)
     restore(state)
@@ -300,7 +307,8 @@ def compute_logits(geometry, params, arena, inputs, length, first_row, logits, p
     """Logits of rows first_row..length of one sequence into float32[length - first_row, V]; returns the rows."""
     state = flush_subnormals()
     g = _geometry(geometry)
-    x = forward(g, params, arena, tokens(inputs, length), length, types.uint64(0), 0, integers(progress, 1))
+    _forward(geometry, params, arena, inputs, length, length, 0, 0, progress)
+    x = _shared(g, arena, G.LNF, length, g[G.WIDTH])
     rows, c, v = length - first_row, g[G.WIDTH], g[G.VOCAB]
     wte, products = params + 4 * g[G.WTE], arena + 4 * g[G.PRODUCTS]
     gemm(False, True, rows, v, c, x[first_row:].ctypes.data, c, wte, c, 0, 0, 0, logits, v, products)

@@ -149,13 +149,16 @@ def _spread_bias(bias, group, step, out):
             out[h * step + j] = bias[h * group + j]
 
 
-@kernel
-def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progress):
-    """All activations of N = ids_N.size padded rows into the arena; the final normed rows stand at LNF.
+@entry(_i8(*[_i8] * 10))
+def forward_bf16(geometry, params, packed, arena, ids, n, length, dropout_key, first_sequence, progress_at):
+    """All activations of n padded rows into the arena; the final normed rows stand at LNF. Returns 0.
 
-    params, packed, arena: addresses. length: real tokens of a sequence. key: dropout key of the step, 0 for none.
+    An entry, so that it is compiled once and not for each of its callers. Arguments as in compute_shard_bf16; ids:
+    int32[n]; length: real tokens of a sequence.
     """
-    n, c, heads = ids_N.size, g[G.WIDTH], g[G.HEADS]
+    g = card(geometry)
+    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, 1)
+    c, heads = g[G.WIDTH], g[G.HEADS]
     t, d, cp, fp = padded(length), c // heads, padded(c), padded(g[G.FF_WIDTH])
     e, h = padded(d), _head_columns(g)
     threshold, keep_scale = _dropout_of(g, key)
@@ -222,6 +225,10 @@ def forward(g, params, packed, arena, ids_N, length, key, first_sequence, progre
     gain, bias = _vector(params, g[G.LNF_GAIN], c), _vector(params, g[G.LNF_BIAS], c)
     layernorm_rows(matrix(arena + g[G.X_LAST], n, c), gain, bias, arena + g[G.LNF], stats[:n], stats[n:], row)
     mark(trace, K.NORM)
+    return 0
+
+
+_forward = forward_bf16.external
 
 
 @kernel
@@ -408,7 +415,7 @@ def compute_shard_bf16(
         accumulate = first > 0
         ids = _pad_tokens(inputs + 4 * first * length, sequences, length, 0, tokens(arena + g[G.IDS], room))
         wanted = _pad_tokens(targets + 4 * first * length, sequences, length, -1, tokens(arena + g[G.TARGETS], room))
-        forward(g, params, packed, arena, ids, length, dropout_key, first_sequence + first, layers_done)
+        _forward(geometry, params, packed, arena, ids.ctypes.data, n, length, key, first_sequence + first, progress)
         _turn(x, n, cp, x_pairs, 0)
         mark(g[G.TRACE], K.REARRANGE)
         # The token embedding stands in the card as [V, C]: logits take it flipped, dx takes it in pairs.
@@ -435,7 +442,7 @@ def evaluate_window_bf16(geometry, params, packed, arena, inputs, targets, lengt
     n = padded(length)
     ids = _pad_tokens(inputs, 1, length, 0, tokens(arena + g[G.IDS], n))
     wanted = _pad_tokens(targets, 1, length, -1, tokens(arena + g[G.TARGETS], n))
-    forward(g, params, packed, arena, ids, length, types.uint64(0), 0, integers(progress, 1))
+    _forward(geometry, params, packed, arena, ids.ctypes.data, n, length, 0, 0, progress)
     loss = _head_loss(
         arena + g[G.LNF], g[G.WIDTH], _weights(g, packed, 4 * g[G.LAYERS])[1], g[G.VOCAB], n, wanted.ctypes.data,
         arena + g[G.HEAD_STATS], arena + g[G.SCRATCH],

@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -60,6 +61,12 @@ class Server:
 
         if jit.is_cold(dtype):
             self.say(status="compiling the kernels, once on this machine: about half a minute")
+            # The engine in a process of its own and the kernels in this one: what each compiles, the other finds.
+            engine = subprocess.Popen([sys.executable, "-P", "-c", "import cllm_spheres.spheres.engine"])
+            from cllm_spheres.model import dtypes
+
+            dtypes.entries(dtype)
+            engine.wait()
         from cllm_spheres.spheres import worker
 
         with tempfile.NamedTemporaryFile() as scratch:
