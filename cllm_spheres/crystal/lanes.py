@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
@@ -22,6 +23,9 @@ FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 WORDS = ir.VectorType(ir.IntType(32), WIDTH)
 _MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _i32, _i64 = ir.IntType(32), ir.IntType(64)
+
+
+_HAS_ESTIMATE = bool(llvm.get_host_cpu_features().get("avx512f"))
 
 
 class Lanes:
@@ -186,8 +190,17 @@ def exp(x: Lanes, overflows: bool = False) -> Lanes:
 
 
 def reciprocal(x: Lanes) -> Lanes:
-    """1 / x."""
-    return Lanes(x.b, x.b.fdiv(spread(x.b, 1.0).value, x.value))
+    """1 / x for normal numbers whose reciprocal is normal too; largest error 1 ulp.
+
+    With AVX-512 an estimate of 14 bits and a step of Newton's, which take a fraction of a division's time.
+    """
+    b = x.b
+    if not _HAS_ESTIMATE:
+        return Lanes(b, b.fdiv(spread(b, 1.0).value, x.value))
+    estimate = function(b, "llvm.x86.avx512.rcp14.ps.512", FLOATS, [FLOATS, FLOATS, ir.IntType(16)])
+    y = Lanes(b, b.call(estimate, [x.value, ir.Constant(FLOATS, [0.0] * WIDTH), ir.Constant(ir.IntType(16), -1)]))
+    error = Lanes(b, b.fneg(x.value)).times_plus(y, 1.0)
+    return y.times_plus(error, y)
 
 
 def vectorised(*arguments: Any, result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:

@@ -9,6 +9,7 @@ import math
 
 from numba import types
 
+from cllm_spheres.crystal.functions import EXP_HIGH
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.lanes import Lanes, exp, load, over, reciprocal, spread, store, vectorised
 
@@ -29,9 +30,9 @@ def gelu_slope_lanes(x: Lanes) -> Lanes:
 
 
 def _sigmoid(x: Lanes) -> Lanes:
-    """1 / (1 + exp(-2u))"""
-    cubic = (x * x).times_plus(_CUBIC, 1.0) * x
-    return reciprocal(exp(cubic * -_TWICE, overflows=True) + 1.0)
+    """1 / (1 + exp(-2u)); 0 where exp(-2u) would overflow."""
+    z = (x * x).times_plus(_CUBIC, 1.0) * x * -_TWICE
+    return spread(x.b, 0.0).where(spread(x.b, EXP_HIGH).less(z), reciprocal(exp(z) + 1.0))
 
 
 @vectorised(_i8, _i8, _i8)

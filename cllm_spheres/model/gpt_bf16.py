@@ -299,7 +299,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
         sums = floats(row_at, fp)
         sums[:] = f4(0)
         # dact takes the place of the activations, which are not needed any more.
-        _project(THROUGH_GELU, n, f, cp, rows, w, 0, up, act, fp, scratch, row_at if db.size > 0 else 0, 0, 0, 0.0)
+        _project(THROUGH_GELU, n, f, cp, rows, w, 0, up, act, fp, scratch, row_at, 0, 0, 0.0)
         _clear(db, accumulate)
         for j in range(db.size):
             db[j] += sums[j]

@@ -11,9 +11,9 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import f4, floats, integers
 from cllm_spheres.kernels.bf16.multiply import B_BYTES, block_row, product
-from cllm_spheres.kernels.bf16.rows import gelu_backward_row, gelu_row
+from cllm_spheres.kernels.bf16.rows import gelu_backward_tile, gelu_tiles, round_tile
 from cllm_spheres.kernels.bf16.sizes import SWEEP
-from cllm_spheres.kernels.bf16.tiles import LINE, TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
+from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
 from cllm_spheres.kernels.dropout import dropout
 
 TO_ROWS, TO_GELU, TO_RESIDUAL, THROUGH_GELU = range(4)
@@ -31,22 +31,26 @@ def _add_bias(scratch, column, count, bias):
 
 @kernel
 def _to_rows(scratch, at, step, groups, form):
-    for r in range(32):
-        round_row(scratch + 4 * SWEEP * r, form + at + r // 16 * step + r % 16 * LINE, groups, TILE)
+    for half in range(2):
+        for j in range(groups):
+            source = scratch + 64 * SWEEP * half + 128 * j
+            round_tile(source, 4 * SWEEP, form + at + half * step + j * TILE)
 
 
 @kernel
 def _to_gelu(scratch, at, step, groups, before, after):
-    for r in range(32):
-        line = at + r // 16 * step + r % 16 * LINE
-        gelu_row(scratch + 4 * SWEEP * r, before + line, after + line, groups)
+    for half in range(2):
+        for j in range(groups):
+            source, tile = scratch + 64 * SWEEP * half + 128 * j, at + half * step + j * TILE
+            gelu_tiles(source, 4 * SWEEP, before + tile, after + tile)
 
 
 @kernel
 def _through_gelu(scratch, at, step, groups, before, form, sums):
-    for r in range(32):
-        line = at + r // 16 * step + r % 16 * LINE
-        gelu_backward_row(scratch + 4 * SWEEP * r, before + line, form + line, sums, groups)
+    for half in range(2):
+        for j in range(groups):
+            source, tile = scratch + 64 * SWEEP * half + 128 * j, at + half * step + j * TILE
+            gelu_backward_tile(source, 4 * SWEEP, before + tile, form + tile, sums + 128 * j)
 
 
 @kernel
@@ -72,7 +76,7 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
     TO_ROWS       first = rows form of it
     TO_GELU       first = rows form of it, second = rows form of its GELU
     TO_RESIDUAL   second = first + dropout(it), float32; keys: uint64, of the sequences, each `length` padded rows
-    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys` (0: none),
+    THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys`,
                   which has room for padded columns
     """
     strip = (inner // 32) * TILE
@@ -93,7 +97,7 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
                 elif ending == TO_GELU:
                     _to_gelu(scratch, at, step, width, first, second)
                 elif ending == THROUGH_GELU:
-                    _through_gelu(scratch, at, step, width, first, second, keys + 4 * column if keys != 0 else 0)
+                    _through_gelu(scratch, at, step, width, first, second, keys + 4 * column)
                 else:
                     _to_residual(
                         scratch, row, column, count, first, second, columns, keys, length, threshold, keep_scale
@@ -104,11 +108,15 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
 @kernel
 def rows_of(x_MC, form, columns):
     """rows form of float32 rows; columns: C padded."""
-    c = x_MC.shape[1]
-    whole, rest = c // 32, c % 32
-    for n in range(x_MC.shape[0]):
+    m, c = x_MC.shape
+    whole, rest, tiled = c // 32, c % 32, m // 16 * 16
+    for i in range(0, tiled, 16):
+        for j in range(whole):
+            round_tile(x_MC[i].ctypes.data + 128 * j, 4 * c, line_of(form, i, columns) + j * TILE)
+    for n in range(m):
         source, line = x_MC[n].ctypes.data, line_of(form, n, columns)
-        round_row(source, line, whole, TILE)
+        if n >= tiled:
+            round_row(source, line, whole, TILE)
         if rest > 0:
             round_part(source + 128 * whole, line + whole * TILE, rest)
 

@@ -9,7 +9,7 @@ from numba import types
 
 from cllm_spheres.crystal import lanes as L
 from cllm_spheres.crystal.lanes import each, exp, load, spread, store, total, vectorised
-from cllm_spheres.kernels.bf16.tiles import TILE, load_line, store_line
+from cllm_spheres.kernels.bf16.tiles import LINE, TILE, load_line, store_line
 from cllm_spheres.kernels.gelu import gelu_lanes, gelu_slope_lanes
 
 _i8, _f4 = types.int64, types.float32
@@ -26,35 +26,54 @@ def _tile(b, loop):
     return b.mul(loop.index, L.constant(TILE))
 
 
-@vectorised(_i8, _i8, _i8, _i8)
-def gelu_row(b, row, before, after, groups):
-    """before = the row, after = gelu(row), both lines."""
-    with each(b, groups) as loop:
-        x = [load(b, row, at) for at in _halves(b, loop)]
-        store_line(b, x, before, _tile(b, loop))
-        store_line(b, [gelu_lanes(y) for y in x], after, _tile(b, loop))
+def _lines(b):
+    """The 16 lines of a tile."""
+    return each(b, L.constant(16))
 
 
-@vectorised(_i8, _i8, _i8, _i8, _i8)
-def gelu_backward_row(b, row, before, line, sums, groups):
-    """line = row * gelu'(before); what is written is added to `sums` (address of float32, 0: to none)."""
-    wanted = b.icmp_signed("!=", sums, L.constant(0))
-    with each(b, groups) as loop:
-        results = []
-        for x, at in zip(load_line(b, before, _tile(b, loop)), _halves(b, loop), strict=True):
-            results.append(load(b, row, at) * gelu_slope_lanes(x))
-        store_line(b, results, line, _tile(b, loop))
-        with b.if_then(wanted):
-            for y, at in zip(results, _halves(b, loop), strict=True):
-                store(load(b, sums, at) + y, sums, at)
+def _row_halves(b, loop, step):
+    """Byte offsets of the two halves of a tile's row in float32 rows `step` bytes apart."""
+    at = b.mul(loop.index, step)
+    return at, b.add(at, L.constant(64))
+
+
+def _line(b, loop):
+    return b.mul(loop.index, L.constant(LINE))
 
 
 @vectorised(_i8, _i8, _i8)
-def add_row(b, row, other, groups):
-    """row += other."""
-    with each(b, groups) as loop:
-        for at in _halves(b, loop):
-            store(load(b, row, at) + load(b, other, at), row, at)
+def round_tile(b, source, step, tile):
+    """A tile from 16 float32 rows of 32, `step` bytes apart.
+
+    Tiles are written whole, line after line, rather than row after row through many of them: so the CPU sees what
+    comes next and fetches it.
+    """
+    with _lines(b) as loop:
+        store_line(b, [load(b, source, at) for at in _row_halves(b, loop, step)], tile, _line(b, loop))
+
+
+@vectorised(_i8, _i8, _i8, _i8)
+def gelu_tiles(b, source, step, before, after):
+    """before = the rows, after = their GELU, both tiles."""
+    with _lines(b) as loop:
+        x = [load(b, source, at) for at in _row_halves(b, loop, step)]
+        store_line(b, x, before, _line(b, loop))
+        store_line(b, [gelu_lanes(y) for y in x], after, _line(b, loop))
+
+
+@vectorised(_i8, _i8, _i8, _i8, _i8)
+def gelu_backward_tile(b, source, step, before, tile, sums):
+    """tile = the rows * gelu'(before); what is written is added to 32 float32 at `sums`."""
+    totals = [L.variable(b, load(b, sums, 64 * half)) for half in range(2)]
+    with _lines(b) as loop:
+        x = load_line(b, before, _line(b, loop))
+        gradients = [load(b, source, at) for at in _row_halves(b, loop, step)]
+        results = [g * gelu_slope_lanes(y) for g, y in zip(gradients, x, strict=True)]
+        store_line(b, results, tile, _line(b, loop))
+        for result, place in zip(results, totals, strict=True):
+            b.store((L.Lanes(b, b.load(place)) + result).value, place)
+    for half, place in enumerate(totals):
+        store(L.Lanes(b, b.load(place)), sums, 64 * half)
 
 
 def _masked(b, x, loop, last, seen):
