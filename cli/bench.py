@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 bench = typer.Typer(
-    help="Measure this machine: against PyTorch, and by the number of workers.",
+    help="Measure this machine: against PyTorch, by the number of workers, and kernel by kernel.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -103,4 +103,27 @@ def scaling(
         repeats=repeats, dtype=dtype, weak=weak, out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
     )  # fmt: skip
     with interruptible("Nothing was written."):
+        raise typer.Exit(benchmark.run(options))
+
+
+@bench.command()
+def kernels(
+    sizes: Annotated[str, typer.Option(help="Which models, of S1 to S5.")] = "S1,S2,S3,S4,S5",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each way to compute a kernel.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0001, help="Length of a turn, at least one call.")] = 0.03,
+    out: Out = None,
+) -> None:
+    """Time each kernel and matrix product alone, on one core, against numpy, OpenBLAS and PyTorch.
+
+    Results of other sizes that are in the folder stay. PyTorch is an extra: pip install 'cllm-spheres[bench]'.
+    """
+    from cllm_spheres_bench import kernels as benchmark
+    from cllm_spheres_bench.sizes import chosen_sizes
+    from cllm_spheres_cli.progress import interruptible
+
+    options = benchmark.Options(
+        sizes=chosen_sizes(sizes), repeats=repeats, seconds=seconds, out=out,
+        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("The sizes measured until then are written."):
         raise typer.Exit(benchmark.run(options))
