@@ -85,7 +85,7 @@ def _masked(b, x, loop, last, seen):
 
 @vectorised(_i8, _i8, _i8, _i8, _f4, _i8)
 def softmax_row(b, row, line, groups, seen, scale, stats):
-    """line = exp((row - largest) * scale), not yet divided by their sum; 0 from `seen` on in the last group.
+    """line = exp((row - largest) * scale), undivided; 0 from `seen` on in the last group.
 
     stats: address of two float32: the largest score times scale, and the sum.
     """
