@@ -115,13 +115,15 @@ def test_a_resume_where_there_is_no_bfloat16_says_what_differs_and_goes_on(corpu
     monkeypatch.setenv("CLLM_SPHERES_BF16", "none")
     refused = command("train", "--resume", "--exact", "--run", stopped.run)
     assert refused.returncode == 2 and "--exact: the numerics are not those of" in refused.stderr
-    assert "dtype bf16 -> fp32" in refused.stderr and "backend " in refused.stderr
+    assert "dtype bf16 -> fp32" in refused.stderr
     assert "Without --exact the run goes on, with other bits." in " ".join(refused.stderr.split())
     assert stopped.of("step")[-1]["step"] == 4
     resumed = resume(stopped.run)
     assert resumed.code == 0, resumed.message
     event = resumed.event("fingerprint")
-    assert any(d == "dtype bf16 -> fp32" for d in event["differences"]) and len(event["differences"]) == 2
+    # AVX-512 may stand behind both dtypes: then the backend is the same word.
+    assert "dtype bf16 -> fp32" in event["differences"]
+    assert {difference.split()[0] for difference in event["differences"]} <= {"dtype", "backend"}
     assert resumed.of("event")[-1]["reason"] == "done" and resumed.of("step")[-1]["step"] == 8
     assert (resumed.event("start")["dtype"], resumed.of("event")[-1]["event"]) == ("bf16", "end")
     assert {e["dtype"] for e in resumed.of("event") if e["event"] == "resume"} == {"fp32"}
