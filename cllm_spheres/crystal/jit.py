@@ -2,7 +2,7 @@
 
 numba's cache looks only at the file of the outer function: a change in an imported helper would run old code.
 So the folder's name is a hash of every source file that may be compiled, of the versions of numba and llvmlite
-and of the CPU's features: whatever changes bits changes the folder.
+of the CPU's features and of the backends chosen: whatever changes bits changes the folder.
 
 Flags. `contract` (fused multiply-add) is allowed everywhere, `reassoc` only in `reduction`s over a length that
 the caller fixes. Never `nnan` or `ninf`: with them NaN tests are deleted. `error_model="numpy"` removes the
@@ -28,25 +28,15 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from cllm_spheres.crystal import cpu
+
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
 COMPILED = (
     "crystal/*.py", "kernels/*.py", "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py",
     "spheres/engine.py", "spheres/memory.py", "text/batches.py",
 )  # fmt: skip
-# They force a backend of the products in float32 and in bfloat16: other machine code, another folder.
-GEMM_VARIABLE, BF16_VARIABLE = "CLLM_SPHERES_GEMM", "CLLM_SPHERES_BF16"
 OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
-
-
-def cpu_name() -> str:
-    """LLVM's name of this CPU, such as sapphirerapids."""
-    return str(llvm.get_host_cpu_name())
-
-
-def cpu_features() -> str:
-    """LLVM's list of what this CPU can do, as one string."""
-    return str(llvm.get_host_cpu_features().flatten())
 
 
 def source_hash() -> str:
@@ -65,9 +55,10 @@ def _cache_folder() -> Path:
         llvmlite.__version__,
         np.__version__,
         sys.version,
-        cpu_name(),
-        cpu_features(),
-        *(os.environ.get(variable, "") for variable in (GEMM_VARIABLE, BF16_VARIABLE)),
+        cpu.cpu_name(),
+        cpu.cpu_features(),
+        os.environ.get(cpu.GEMM_VARIABLE, ""),
+        str(cpu.bf16_backend()),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

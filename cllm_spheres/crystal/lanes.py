@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cllm_spheres.crystal import functions as F
+from cllm_spheres.crystal.cpu import has
 
 WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
@@ -25,7 +25,7 @@ _MASK = ir.VectorType(ir.IntType(1), WIDTH)
 _i32, _i64 = ir.IntType(32), ir.IntType(64)
 
 
-_HAS_ESTIMATE = bool(llvm.get_host_cpu_features().get("avx512f"))
+_HAS_ESTIMATE = has("avx512f")
 
 
 class Lanes:

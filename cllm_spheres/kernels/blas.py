@@ -15,6 +15,7 @@ import numpy as np
 import scipy_openblas32
 from numba import types
 
+from cllm_spheres.crystal.cpu import has
 from cllm_spheres.crystal.jit import kernel
 
 f4 = np.float32
@@ -24,10 +25,9 @@ _i32, _f32, _address = types.int32, types.float32, types.intp
 
 def _core_type() -> str | None:
     """OpenBLAS's name for the kernels that fit this CPU's vectors; None leaves the choice to OpenBLAS."""
-    features = llvm.get_host_cpu_features()
-    if all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")):
+    if has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"):
         return "SkylakeX"
-    return "Haswell" if features.get("avx2") and features.get("fma") else None
+    return "Haswell" if has("avx2", "fma") else None
 
 
 def _load() -> ctypes.CDLL:

@@ -1,29 +1,14 @@
 """The float32 matrix product of this CPU: our own AVX-512 tiles, elsewhere OpenBLAS.
 
-The choice is a function of the CPU's features alone; CLLM_SPHERES_GEMM=openblas forces OpenBLAS, which is part of the
-numerics fingerprint and of the name of the kernel cache.
+The choice is a function of the CPU's features alone (`crystal/cpu.py`).
 """
 
 from __future__ import annotations
 
-import os
-
-import llvmlite.binding as llvm
-
-from cllm_spheres.crystal.jit import GEMM_VARIABLE, kernel
+from cllm_spheres.crystal.cpu import gemm_backend
+from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import f4, floats
 from cllm_spheres.kernels.blas import blas_gemm
-
-
-def gemm_backend() -> str:
-    """ "avx512" or "openblas". ValueError for a CLLM_SPHERES_GEMM that this CPU or this version does not know."""
-    features = llvm.get_host_cpu_features()
-    has_vectors = all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    known = ("avx512", "openblas") if has_vectors else ("openblas",)
-    wanted = os.environ.get(GEMM_VARIABLE) or known[0]
-    if wanted not in known:
-        raise ValueError(f"{GEMM_VARIABLE}={wanted} is not possible here, only {' and '.join(known)}")
-    return wanted
 
 
 @kernel

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import Entry
-from cllm_spheres.kernels.bf16.sizes import bf16_backend
 from cllm_spheres.model import geometry as fp32
 from cllm_spheres.model import geometry_bf16 as bf16
 from cllm_spheres.model.geometry import Geometry

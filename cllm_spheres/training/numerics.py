@@ -13,18 +13,17 @@ def fingerprint(dtype: str) -> dict[str, Any]:
     import llvmlite
     import numba
 
-    from cllm_spheres.crystal import jit
-    from cllm_spheres.kernels import blas, products
-    from cllm_spheres.kernels.bf16.sizes import bf16_backend
+    from cllm_spheres.crystal import cpu
+    from cllm_spheres.kernels import blas
 
     return {
         "arithmetic": ARITHMETIC,
         "dtype": dtype,
-        "backend": bf16_backend() if dtype == "bf16" else products.BACKEND,
+        "backend": cpu.bf16_backend() if dtype == "bf16" else cpu.gemm_backend(),
         "blas": blas.description(),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
-        "cpu": jit.cpu_name(),
-        "cpu_features": hashlib.sha256(jit.cpu_features().encode()).hexdigest()[:16],
+        "cpu": cpu.cpu_name(),
+        "cpu_features": hashlib.sha256(cpu.cpu_features().encode()).hexdigest()[:16],
         "flush_to_zero": True,
     }

@@ -9,8 +9,8 @@ import pytest
 from numba import types
 from numba.extending import intrinsic
 
+from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.kernels.bf16.sizes import bf16_backend
 from cllm_spheres.model.layout import Shape
 from tests.kernels import masks
 from tests.model.conftest import DTYPES

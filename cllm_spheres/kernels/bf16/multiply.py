@@ -12,9 +12,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import floats, integers
-from cllm_spheres.kernels.bf16.sizes import bf16_backend
 from cllm_spheres.kernels.bf16.tiles import TILE, BFloat
 
 _i8, _i64 = ir.IntType(8), ir.IntType(64)

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from cllm_spheres.kernels.bf16.sizes import bf16_backend
+from cllm_spheres.crystal.cpu import bf16_backend
 
 BACKEND = bf16_backend()
 if BACKEND is None:
