@@ -92,8 +92,9 @@ residual, rounding into tiles); both count operations without padding. The head'
 the vocabulary, as the model does; logits are not kept. torch.mm takes and gives bfloat16. Attention: causal, half of
 the scores count; backward twice the forward; `torch` is scaled_dot_product_attention, `torch matmul` the same as
 products. Head: logits and both gradients count, what is computed again does not; torch goes through autograd.
-Bytes are those that a kernel must read and write once, whatever it moves besides. The peak of products is the best of
-several large ones by torch.mm and numpy, that of memory a triad over arrays of 512 MB. Packing has no other.
+Bytes are those that a kernel must read and write once, whatever it moves besides: a line that is written is read first,
+which counts nowhere. The peak of products is the best of several large ones by ours, torch.mm and numpy, that of memory
+a triad over arrays of 512 MB. Packing has no other.
 """
 
 

@@ -2,8 +2,8 @@
 
     python -m cllm_spheres_bench.machine_peak PARENT_PID THREADS
 
-prints {"fp32": {"gflops", "shape", "by"}, "bf16": ...} as JSON. The best of several large products by torch.mm, and
-by numpy in float32; without PyTorch only numpy's, and no bf16.
+prints {"fp32": {"gflops", "shape", "by"}, "bf16": ...} as JSON. The best of several large products by our own kernels,
+by torch.mm, and by numpy in float32: whoever is fastest on this CPU says what can be reached on it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+Shape = tuple[int, int, int]
 
 # Rows, inner, columns: squares, and the products of a feed-forward layer.
 PRODUCTS = (
@@ -35,13 +38,46 @@ def best_gflops(product: Callable[[], object], flops: int, seconds: float = SECO
     return flops / shortest * 1e-9
 
 
+def our_products(shape: Shape, pool: ThreadPoolExecutor, threads: int) -> dict[str, Callable[[], object]]:
+    """A product of ours in each dtype that this CPU computes in, its rows shared out to threads."""
+    import numpy as np
+    from cllm_spheres_bench.kernel_loops import repeat_gemm
+
+    from cllm_spheres.kernels.sizes import product_floats
+    from cllm_spheres.model import dtypes
+
+    m, k, n = shape
+    rows = m // threads
+    rng = np.random.default_rng(0)
+    scratch = np.zeros((threads, product_floats(max(shape))), np.float32)
+    a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
+    out = np.empty((m, n), np.float32)
+
+    def in_float32(i: int) -> None:
+        left, target = a[i * rows :].ctypes.data, out[i * rows :].ctypes.data
+        repeat_gemm(1, False, False, rows, n, k, left, k, b.ctypes.data, n, target, n, scratch[i].ctypes.data)
+
+    products: dict[str, Callable[[], object]] = {"fp32": lambda: list(pool.map(in_float32, range(threads)))}
+    if dtypes.usable("bf16") == "bf16":
+        from cllm_spheres_bench.kernel_loops_bf16 import repeat_multiply
+
+        x, y = ((array.view(np.uint32) >> 16).astype(np.uint16) for array in (a, b))
+
+        def in_bf16(i: int) -> None:
+            left, target = x[i * rows :].ctypes.data, out[i * rows :].ctypes.data
+            repeat_multiply(1, rows, n, k, left, y.ctypes.data, target, scratch[i].ctypes.data)
+
+        products["bf16"] = lambda: list(pool.map(in_bf16, range(threads)))
+    return products
+
+
 def measure(threads: int) -> dict[str, Any]:
     """The peaks on a number of threads, in this process, whose environment must have capped numpy's."""
     import numpy as np
 
     best: dict[str, Any] = {}
 
-    def take(dtype: str, by: str, product: Callable[[], object], shape: tuple[int, int, int]) -> None:
+    def take(dtype: str, by: str, product: Callable[[], object], shape: Shape) -> None:
         gflops = best_gflops(product, 2 * shape[0] * shape[1] * shape[2])
         if gflops > best.get(dtype, {"gflops": 0})["gflops"]:
             best[dtype] = {"gflops": gflops, "shape": shape, "by": by}
@@ -52,7 +88,10 @@ def measure(threads: int) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(threads)
+    pool = ThreadPoolExecutor(threads)
     for shape in PRODUCTS:
+        for dtype, product in our_products(shape, pool, threads).items():
+            take(dtype, "cllm-spheres", product, shape)
         m, k, n = shape
         a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
         out = np.empty((m, n), np.float32)

@@ -41,15 +41,10 @@ from cllm_spheres.model.layout import (
     W_QKV,
     W_UP,
 )  # fmt: skip
+from cllm_spheres.model.views import dropout_of, vector
 
 _PER_LAYER = len(LAYER_TENSORS)
 _i8, _d8 = types.int64, types.float64
-
-
-@kernel
-def _vector(base, offset, size):
-    """A vector in a buffer of parameters or gradients; of length 0 where the model has none (no biases)."""
-    return floats(base + 4 * max(offset, 0), size if offset >= 0 else 0)
 
 
 @kernel
@@ -57,12 +52,12 @@ def _layer(g, base, layer):
     """A layer's tensors in a buffer of parameters or gradients, in the order in which the forward uses them."""
     c, f, at = g[G.WIDTH], g[G.FF_WIDTH], G.LAYER_OFFSETS + layer * _PER_LAYER
     return (
-        _vector(base, g[at + G_LN1], c), _vector(base, g[at + B_LN1], c),
-        matrix(base + 4 * g[at + W_QKV], c, 3 * c), _vector(base, g[at + B_QKV], 3 * c),
-        matrix(base + 4 * g[at + W_ATT], c, c), _vector(base, g[at + B_ATT], c),
-        _vector(base, g[at + G_LN2], c), _vector(base, g[at + B_LN2], c),
-        matrix(base + 4 * g[at + W_UP], c, f), _vector(base, g[at + B_UP], f),
-        matrix(base + 4 * g[at + W_DOWN], f, c), _vector(base, g[at + B_DOWN], c),
+        vector(base, g[at + G_LN1], c), vector(base, g[at + B_LN1], c),
+        matrix(base + 4 * g[at + W_QKV], c, 3 * c), vector(base, g[at + B_QKV], 3 * c),
+        matrix(base + 4 * g[at + W_ATT], c, c), vector(base, g[at + B_ATT], c),
+        vector(base, g[at + G_LN2], c), vector(base, g[at + B_LN2], c),
+        matrix(base + 4 * g[at + W_UP], c, f), vector(base, g[at + B_UP], f),
+        matrix(base + 4 * g[at + W_DOWN], f, c), vector(base, g[at + B_DOWN], c),
     )  # fmt: skip
 
 
@@ -72,7 +67,7 @@ def _ends(g, base):
     c = g[G.WIDTH]
     return (
         matrix(base + 4 * g[G.WTE], g[G.VOCAB], c), matrix(base + 4 * g[G.WPE], g[G.BLOCK_SIZE], c),
-        _vector(base, g[G.LNF_GAIN], c), _vector(base, g[G.LNF_BIAS], c),
+        vector(base, g[G.LNF_GAIN], c), vector(base, g[G.LNF_BIAS], c),
     )  # fmt: skip
 
 
@@ -99,12 +94,6 @@ def _shared(g, arena, which, n, columns):
 def _logits(g, arena):
     """Room for the logits of a few rows."""
     return matrix(arena + 4 * g[G.LOGITS], g[G.HEAD_ROWS], g[G.VOCAB])
-
-
-@kernel
-def _dropout_of(g, key):
-    """Threshold and scale of dropout; threshold 0, no dropout, where there is no key."""
-    return g[G.THRESHOLD] if key != 0 else 0, f4(1.0 / (1.0 - g[G.THRESHOLD] / 4294967296.0))
 
 
 @kernel
@@ -147,7 +136,7 @@ def forward(geometry, params, arena, ids, n, length, dropout_key, first_sequence
     g = _geometry(geometry)
     ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, 1)
     c, heads = g[G.WIDTH], g[G.HEADS]
-    threshold, keep_scale = _dropout_of(g, key)
+    threshold, keep_scale = dropout_of(g[G.THRESHOLD], key)
     wte, wpe, gain, bias = _ends(g, params)
     scratch, products = floats(arena + 4 * g[G.SCRATCH], 1), arena + 4 * g[G.PRODUCTS]
     x_last, lnf = _shared(g, arena, G.X_LAST, n, c), _shared(g, arena, G.LNF, n, c)
@@ -203,7 +192,7 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     The head has written its share of dwte before. `accumulate` false: this call overwrites the segment.
     """
     n, c, f, heads = ids_N.size, g[G.WIDTH], g[G.FF_WIDTH], g[G.HEADS]
-    threshold, keep_scale = _dropout_of(g, key)
+    threshold, keep_scale = dropout_of(g[G.THRESHOLD], key)
     gain = _ends(g, params)[2]
     dwte, dwpe, dgain, dbias = _ends(g, segment)
     scratch, products = floats(arena + 4 * g[G.SCRATCH], 1), arena + 4 * g[G.PRODUCTS]

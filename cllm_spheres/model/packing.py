@@ -9,27 +9,12 @@ from __future__ import annotations
 from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
-from cllm_spheres.kernels.arrays import integers
 from cllm_spheres.kernels.bf16.tiles import TILE, flip_tile, line_of, padded, pair_block, round_part
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
 from cllm_spheres.model import geometry_bf16 as G
-from cllm_spheres.model.layout import LAYER_TENSORS
+from cllm_spheres.model.views_bf16 import card, matrix_at
 
 _i8 = types.int64
-
-
-@kernel
-def card(address):
-    """The geometry's array; its length depends on the numbers of layers and matrices, which stand in it."""
-    scalars = integers(address, G.LAYER_OFFSETS)
-    tables = scalars[G.LAYERS] * len(LAYER_TENSORS) + scalars[G.MATRICES] * G.MATRIX_WORDS
-    return integers(address, G.LAYER_OFFSETS + tables)
-
-
-@kernel
-def matrix_at(g, matrix):
-    """Where a matrix's numbers stand in the card."""
-    return G.LAYER_OFFSETS + g[G.LAYERS] * len(LAYER_TENSORS) + matrix * G.MATRIX_WORDS
 
 
 @kernel

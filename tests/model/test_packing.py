@@ -102,7 +102,7 @@ def test_what_lies_between_the_tensors_is_not_read(model):
 @pytest.mark.parametrize("workers", [1, 2, 7, 63])
 def test_any_number_of_workers_shares_out_every_unit_once(model, workers):
     units = Packing(model).units
-    runs = [range(w * units // workers, (w + 1) * units // workers) for w in range(workers)]  # as in spheres/engine.py
+    runs = [range(w * units // workers, (w + 1) * units // workers) for w in range(workers)]  # as in spheres/phases.py
     assert sorted(unit for run in runs for unit in run) == list(range(units))
     packing = Packing(model)
     for run in reversed(runs):

@@ -18,7 +18,7 @@ from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECIS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model.geometry import geometry
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.spheres import context, engine
+from cllm_spheres.spheres import context, phases
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
@@ -59,18 +59,18 @@ class Spheres:
 
     def compute(self):
         for x in self.contexts:
-            engine._compute(x, STEP, 0)
+            phases.compute(x, STEP, 0)
 
     def gather(self):
         for x in self.contexts:
-            engine._gather(x)
+            phases.gather(x)
 
     def decide(self):
-        return engine._decide(self.contexts[0], STEP, 0)
+        return phases.decide(self.contexts[0], STEP, 0)
 
     def update(self):
         for x in self.contexts:
-            engine._update(x, STEP)
+            phases.update(x, STEP)
 
     def region(self, name):
         """A copy of what lies in a region: bytes, but words that tell times are left out."""
@@ -286,11 +286,11 @@ def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, op
         for copied in (None, 0, 1000, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK):
             put_back(spheres, before)
             x[context.LAST_BLOCK] = stop
-            engine._update(x, STEP)
+            phases.update(x, STEP)
             if copied is not None:
                 interrupt_in_copy(spheres, x, stop, copied)
             x[context.LAST_BLOCK] = num_blocks
-            engine._update(x, STEP)
+            phases.update(x, STEP)
             assert spheres.weights() == undisturbed, (stop, copied)
 
 
@@ -299,7 +299,7 @@ def interrupt_in_copy(spheres, x, block, copied):
     tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
     saved = spheres.weights()
     x[context.LAST_BLOCK] = block + 1
-    engine._update(x, STEP)  # leaves the new block in the slot
+    phases.update(x, STEP)  # leaves the new block in the slot
     x[context.LAST_BLOCK] = int(x[context.NUM_BLOCKS])
     slot = spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS).copy()
     put_back(spheres, saved)
@@ -329,7 +329,7 @@ def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, 
             target = done + dice.randrange(1, num_blocks // 5)
             child = os.fork()
             if child == 0:
-                engine._update(x, STEP)
+                phases.update(x, STEP)
                 os._exit(0)
             while words[M.W_BLOCKS] < target:
                 os.sched_yield()
@@ -341,7 +341,7 @@ def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, 
             in_the_middle += done < first_tag + num_blocks
             if done >= first_tag + num_blocks * 4 // 5:
                 break
-        engine._update(x, STEP)
+        phases.update(x, STEP)
         assert spheres.weights() == undisturbed
     assert in_the_middle > 0  # nearly all of them, where there are two cores
 
@@ -362,13 +362,13 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
             # In this process alone a page of the block cannot be written: the copy dies when it comes there.
             start = spheres.memory.address + getattr(spheres.regions, place) + 4 * BLOCK * block + M.PAGE * page
             libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(M.PAGE), mmap.PROT_READ)
-            engine._update(x, STEP)
+            phases.update(x, STEP)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
         tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
         assert words[M.W_SLOT] == tag > words[M.W_BLOCKS]  # published, and not done
         assert spheres.weights() != undisturbed
-        engine._update(x, STEP)
+        phases.update(x, STEP)
         assert spheres.weights() == undisturbed
 
 
@@ -379,6 +379,6 @@ def test_an_update_done_already_is_left_alone_and_the_next_step_begins_anew(toke
     spheres.update()
     assert spheres.weights() == undisturbed
     for x in spheres.contexts:
-        engine._update(x, STEP + 1)
+        phases.update(x, STEP + 1)
     assert spheres.weights() != undisturbed
     assert np.isfinite(spheres.memory.params).all()

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.lanes import FLOATS, WORDS, constant, function
 from cllm_spheres.kernels.arrays import floats, integers
 from cllm_spheres.kernels.bf16.tiles import TILE, BFloat
 
@@ -22,18 +23,10 @@ _address = _i8.as_pointer()
 B_BYTES = 1 << 20  # of the right operand at a time: half of a core's L2
 
 
-def _function(b, name, result, arguments):
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
-
-
-def _constant(value):
-    return ir.Constant(_i64, value)
-
-
 @intrinsic
 def _load_tile_configuration(typing_context, address):
     def generate(context, b, signature, arguments):
-        b.call(_function(b, "llvm.x86.ldtilecfg", ir.VoidType(), [_address]), [b.inttoptr(arguments[0], _address)])
+        b.call(function(b, "llvm.x86.ldtilecfg", ir.VoidType(), [_address]), [b.inttoptr(arguments[0], _address)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -42,7 +35,7 @@ def _load_tile_configuration(typing_context, address):
 @intrinsic
 def _release_tiles(typing_context):
     def generate(context, b, signature, arguments):
-        b.call(_function(b, "llvm.x86.tilerelease", ir.VoidType(), []), [])
+        b.call(function(b, "llvm.x86.tilerelease", ir.VoidType(), []), [])
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -60,13 +53,13 @@ def _amx_block(typing_context, count, a, a_step, b, b_step, c, c_step, accumulat
         count, a, a_step, b, b_step, c, c_step, accumulate = arguments
         tile = lambda n: ir.Constant(_i8, n)  # noqa: E731
         at = lambda address: bl.inttoptr(address, _address)  # noqa: E731
-        load = _function(bl, "llvm.x86.tileloadd64", ir.VoidType(), [_i8, _address, _i64])
-        save = _function(bl, "llvm.x86.tilestored64", ir.VoidType(), [_i8, _address, _i64])
-        multiply = _function(bl, "llvm.x86.tdpbf16ps", ir.VoidType(), [_i8, _i8, _i8])
-        zero = _function(bl, "llvm.x86.tilezero", ir.VoidType(), [_i8])
-        below = bl.add(c, bl.mul(c_step, _constant(16)))
-        corners = [c, bl.add(c, _constant(64)), below, bl.add(below, _constant(64))]
-        with bl.if_else(bl.icmp_signed("!=", accumulate, _constant(0))) as (then, otherwise):
+        load = function(bl, "llvm.x86.tileloadd64", ir.VoidType(), [_i8, _address, _i64])
+        save = function(bl, "llvm.x86.tilestored64", ir.VoidType(), [_i8, _address, _i64])
+        multiply = function(bl, "llvm.x86.tdpbf16ps", ir.VoidType(), [_i8, _i8, _i8])
+        zero = function(bl, "llvm.x86.tilezero", ir.VoidType(), [_i8])
+        below = bl.add(c, bl.mul(c_step, constant(16)))
+        corners = [c, bl.add(c, constant(64)), below, bl.add(below, constant(64))]
+        with bl.if_else(bl.icmp_signed("!=", accumulate, constant(0))) as (then, otherwise):
             with then:
                 for i, corner in enumerate(corners):
                     bl.call(load, [tile(i), at(corner), c_step])
@@ -74,9 +67,9 @@ def _amx_block(typing_context, count, a, a_step, b, b_step, c, c_step, accumulat
                 for i in range(4):
                     bl.call(zero, [tile(i)])
         with cgutils.for_range(bl, count, intp=_i64) as loop:
-            offset = bl.mul(loop.index, _constant(TILE))
+            offset = bl.mul(loop.index, constant(TILE))
             left, right = bl.add(a, offset), bl.add(b, offset)
-            line = _constant(64)
+            line = constant(64)
             bl.call(load, [tile(4), at(left), line])
             bl.call(load, [tile(6), at(right), line])
             bl.call(load, [tile(7), at(bl.add(right, b_step)), line])
@@ -90,50 +83,47 @@ def _amx_block(typing_context, count, a, a_step, b, b_step, c, c_step, accumulat
     return types.void(*[types.int64] * 8), generate
 
 
-_float16 = ir.VectorType(ir.FloatType(), 16)
-
-
 @intrinsic
 def _avx_block(typing_context, count, a, a_step, b, b_step, c, c_step, accumulate):
     """As _amx_block, by AVX512-BF16: eight rows of two vectors at a time."""
 
     def generate(context, bl, signature, arguments):
         count, a, a_step, b, b_step, c, c_step, accumulate = arguments
-        bfloats, words = ir.VectorType(BFloat(), 32), ir.VectorType(ir.IntType(32), 16)
+        bfloats = ir.VectorType(BFloat(), 32)
         i32 = ir.IntType(32)
-        dot = _function(bl, "llvm.x86.avx512bf16.dpbf16ps.512", _float16, [_float16, bfloats, bfloats])
+        dot = function(bl, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [FLOATS, bfloats, bfloats])
         at = lambda address, kind: bl.inttoptr(address, kind.as_pointer())  # noqa: E731
         for first in range(0, 32, 8):
-            sums = [[cgutils.alloca_once(bl, _float16) for _ in range(2)] for _ in range(8)]
-            rows = [bl.add(c, bl.mul(c_step, _constant(first + i))) for i in range(8)]
-            with bl.if_else(bl.icmp_signed("!=", accumulate, _constant(0))) as (then, otherwise):
+            sums = [[cgutils.alloca_once(bl, FLOATS) for _ in range(2)] for _ in range(8)]
+            rows = [bl.add(c, bl.mul(c_step, constant(first + i))) for i in range(8)]
+            with bl.if_else(bl.icmp_signed("!=", accumulate, constant(0))) as (then, otherwise):
                 with then:
                     for row, pair in zip(rows, sums, strict=True):
                         for j, place in enumerate(pair):
-                            old = bl.load(at(bl.add(row, _constant(64 * j)), _float16), align=4)
+                            old = bl.load(at(bl.add(row, constant(64 * j)), FLOATS), align=4)
                             bl.store(old, place)
                 with otherwise:
                     for pair in sums:
                         for place in pair:
-                            bl.store(ir.Constant(_float16, [0.0] * 16), place)
+                            bl.store(ir.Constant(FLOATS, [0.0] * 16), place)
             left = a if first < 16 else bl.add(a, a_step)
-            left = bl.add(left, _constant(64 * (first % 16)))
+            left = bl.add(left, constant(64 * (first % 16)))
             with cgutils.for_range(bl, count, intp=_i64) as outer:
-                tile = bl.mul(outer.index, _constant(TILE))
-                with cgutils.for_range(bl, _constant(16), intp=_i64) as inner:
-                    line = bl.add(bl.add(b, tile), bl.mul(inner.index, _constant(64)))
+                tile = bl.mul(outer.index, constant(TILE))
+                with cgutils.for_range(bl, constant(16), intp=_i64) as inner:
+                    line = bl.add(bl.add(b, tile), bl.mul(inner.index, constant(64)))
                     right = [bl.load(at(x, bfloats), align=4) for x in (line, bl.add(line, b_step))]
-                    pair_at = bl.add(bl.add(left, tile), bl.mul(inner.index, _constant(4)))
+                    pair_at = bl.add(bl.add(left, tile), bl.mul(inner.index, constant(4)))
                     for i in range(8):
-                        word = bl.load(at(bl.add(pair_at, _constant(64 * i)), i32), align=4)
-                        one = bl.insert_element(ir.Constant(words, ir.Undefined), word, ir.Constant(i32, 0))
-                        all_16 = bl.shuffle_vector(one, one, ir.Constant(words, [0] * 16))
+                        word = bl.load(at(bl.add(pair_at, constant(64 * i)), i32), align=4)
+                        one = bl.insert_element(ir.Constant(WORDS, ir.Undefined), word, ir.Constant(i32, 0))
+                        all_16 = bl.shuffle_vector(one, one, ir.Constant(WORDS, [0] * 16))
                         for j in range(2):
                             old = bl.load(sums[i][j])
                             bl.store(bl.call(dot, [old, bl.bitcast(all_16, bfloats), right[j]]), sums[i][j])
             for row, pair in zip(rows, sums, strict=True):
                 for j, place in enumerate(pair):
-                    bl.store(bl.load(place), at(bl.add(row, _constant(64 * j)), _float16), align=4)
+                    bl.store(bl.load(place), at(bl.add(row, constant(64 * j)), FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), generate

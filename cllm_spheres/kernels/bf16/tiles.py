@@ -34,7 +34,6 @@ from cllm_spheres.crystal.lanes import (
 
 TILE = 1024  # bytes
 LINE = 64
-SIDE = 32  # all sizes are padded to it
 
 _i16, _i32 = ir.IntType(16), ir.IntType(32)
 _words32 = ir.VectorType(_i16, 32)
