@@ -31,7 +31,7 @@ from cllm_spheres_bench.kernel_cases import (
 from cllm_spheres_bench.sizes import Size
 
 from cllm_spheres.kernels.bf16.linear import THROUGH_GELU, TO_GELU, TO_RESIDUAL, TO_ROWS
-from cllm_spheres.kernels.bf16.sizes import CHUNK, attention_bytes, padded
+from cllm_spheres.kernels.bf16.sizes import CHUNK, attention_bytes, kept_logits, padded
 from cllm_spheres.model.geometry_bf16 import geometry, packed
 from cllm_spheres.model.layout import Layout, Shape
 
@@ -183,7 +183,8 @@ def _head(s: Shape, rows: int, torch: Any) -> Candidates:
         small[first : first + part.size] = part.view(np.uint32) >> 16
     chunk = min(CHUNK, padded(v))
     turned, logits, dx, dwte = form(n, chunk), form(n, chunk), filled(n, c), filled(v, c)
-    stats, scratch = filled(3 * n), filled(32 * CHUNK)
+    stats, scratch, kept = filled(3 * n), filled(32 * CHUNK), filled(max(1, kept_logits(n, v)))
+    kept_at = kept.ctypes.data if kept_logits(n, v) else 0
     targets = np.full((rows // s.block_size, padded(s.block_size)), -1, np.int32)  # -1: padding
     targets[:, : s.block_size] = np.random.default_rng(2).integers(0, v, (len(targets), s.block_size))
 
@@ -191,8 +192,8 @@ def _head(s: Shape, rows: int, torch: Any) -> Candidates:
         # Both forms of the embedding are a permutation of the same numbers, and here the same.
         loops.repeat_head(
             times, x.ctypes.data, x_pairs.ctypes.data, c, small.ctypes.data, small.ctypes.data, v, n,
-            targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, logits.ctypes.data, turned.ctypes.data,
-            dx.ctypes.data, dwte.ctypes.data, 1 / rows,
+            targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, kept_at, logits.ctypes.data,
+            turned.ctypes.data, dx.ctypes.data, dwte.ctypes.data, 1 / rows,
         )  # fmt: skip
 
     found: Candidates = {"ours": ours}

@@ -90,16 +90,16 @@ def repeat_head_dw(times, n, width, vocabulary, turned, x_pairs, dwte, scratch):
 
 
 @kernel
-def repeat_head(times, x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, form, turned,
-                dx, dwte, scale):  # fmt: skip
+def repeat_head(times, x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, kept, form,
+                turned, dx, dwte, scale):  # fmt: skip
     """The whole head, forward and backward; the last loss."""
     state = flush_subnormals()
     begin(scratch)
     loss = 0.0
     for _ in range(times):
         loss = _head_loss_backward(
-            x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, form, turned, dx, dwte,
-            0, scale,
+            x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, kept, form, turned,
+            dx, dwte, 0, scale,
         )  # fmt: skip
     end()
     restore(state)

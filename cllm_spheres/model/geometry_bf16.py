@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.bf16.sizes import CHUNK, SWEEP, attention_bytes, padded
+from cllm_spheres.kernels.bf16.sizes import CHUNK, SWEEP, attention_bytes, kept_logits, padded
 from cllm_spheres.kernels.sizes import ALIGN
 from cllm_spheres.model.geometry import Geometry
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
@@ -25,7 +25,7 @@ FIELDS = (
     "layer_bytes", "x", "ln1", "qkv", "lse", "att", "mid", "ln2", "up", "act", "stats",
     "x_last", "lnf", "lnf_stats", "dx", "dt", "keys", "row", "wide_bias", "scratch",
     "datt", "rows", "pairs", "columns", "wide",
-    "logits", "turned", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices",
+    "logits", "turned", "kept", "x_pairs", "head_stats", "ids", "targets", "arena_bytes", "matrices",
 )  # fmt: skip
 (
     TRACE, VOCAB, BLOCK_SIZE, LAYERS, HEADS, WIDTH, FF_WIDTH, SEQUENCES, THRESHOLD,
@@ -33,7 +33,7 @@ FIELDS = (
     LAYER_BYTES, X, LN1, QKV, LSE, ATT, MID, LN2, UP, ACT, STATS,
     X_LAST, LNF, LNF_STATS, DX, DT, KEYS, ROW, WIDE_BIAS, SCRATCH,
     DATT, ROWS, PAIRS, COLUMNS, WIDE,
-    LOGITS, TURNED, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES,
+    LOGITS, TURNED, KEPT, X_PAIRS, HEAD_STATS, IDS, TARGETS, ARENA_BYTES, MATRICES,
 ) = range(len(FIELDS))  # fmt: skip
 LAYER_OFFSETS = len(FIELDS)
 # Of a packed matrix: where its parameters lie (floats), its sizes, the sizes of the groups its rows and columns come
@@ -126,9 +126,12 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
         dict(datt=2 * n * h, rows=2 * n * widest, pairs=2 * n * widest, columns=2 * n * max(c, f, h), wide=spread),
         shared,
     )  # fmt: skip
+    kept = kept_logits(n, s.vocab_size)
     head = place(
-        dict(logits=2 * n * chunk, turned=2 * n * chunk, x_pairs=2 * n * c, head_stats=4 * 3 * n), shared,
+        dict(logits=2 * n * chunk, turned=2 * n * chunk, kept=4 * kept, x_pairs=2 * n * c, head_stats=4 * 3 * n),
+        shared,
     )  # fmt: skip
+    values["kept"] *= kept > 0  # 0: none are kept
     values["arena_bytes"] = max(backward, head)
     matrices = packed(layout).matrices
     values["matrices"] = len(matrices)

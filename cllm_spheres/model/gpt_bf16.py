@@ -58,7 +58,7 @@ def compute_shard_bf16(
     loss = 0.0
     at_a_time = g[G.SEQUENCES]
     room = at_a_time * padded(g[G.BLOCK_SIZE])
-    x, x_pairs = arena + g[G.LNF], arena + g[G.X_PAIRS]
+    x, x_pairs, kept = arena + g[G.LNF], arena + g[G.X_PAIRS], arena + g[G.KEPT] if g[G.KEPT] > 0 else 0
     wte_pairs, wte_flipped = weights(g, packed, 4 * g[G.LAYERS])
     for first in range(0, count, at_a_time):
         sequences = min(at_a_time, count - first)
@@ -72,7 +72,7 @@ def compute_shard_bf16(
         # The token embedding stands in the card as [V, C]: logits take it flipped, dx takes it in pairs.
         loss += _head_loss_backward(
             x, x_pairs, c, wte_flipped, wte_pairs, v, n, wanted.ctypes.data, arena + g[G.HEAD_STATS],
-            arena + g[G.SCRATCH], arena + g[G.LOGITS], arena + g[G.TURNED], arena + g[G.DT],
+            arena + g[G.SCRATCH], kept, arena + g[G.LOGITS], arena + g[G.TURNED], arena + g[G.DT],
             segment + 4 * g[G.WTE], 1 if accumulate else 0, scale,
         )  # fmt: skip
         mark(g[G.TRACE], K.HEAD)

@@ -1,8 +1,8 @@
 """The tied head with softmax and cross-entropy, some columns of the vocabulary at a time, on bfloat16 tiles.
 
-N rows, C channels, V vocabulary. The logits of a chunk of columns are computed twice where the vocabulary has more
-than one chunk: once for each row's largest logit and sum of exponentials, once for the gradient. Nothing of the
-size N x V is ever kept.
+N rows, C channels, V vocabulary. A row's largest logit and sum of exponentials are needed before its gradient. The
+logits in between are kept where there is room for them, else computed twice: the same bits, so whoever calls chooses
+what is quicker.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ _LOWEST = f4(-1e30)  # smaller than any logit
 
 
 @kernel
-def _logits(x, row, inner, wte_flipped, first, count, scratch):
-    """32 rows of logits for `count` columns from `first` (a multiple of 32), CHUNK floats from row to row."""
+def _logits(x, row, inner, wte_flipped, first, count, out, stride):
+    """32 rows of logits for `count` columns from `first` (a multiple of 32), `stride` floats from row to row."""
     step = inner // 32 * TILE
-    block_row(inner, x + row // 16 * step, step, wte_flipped, first // 32, (count + 31) // 32, scratch, CHUNK)
+    block_row(inner, x + row // 16 * step, step, wte_flipped, first // 32, (count + 31) // 32, out, stride)
+
+
+@kernel
+def _place(kept, scratch, row, first, vocabulary):
+    """Where 32 rows of logits go, and their stride: each to its own place, or all to the same where none are kept."""
+    stride = padded(vocabulary)
+    return (kept + 4 * (row * stride + first), stride) if kept != 0 else (scratch, types.int64(CHUNK))
 
 
 @kernel
@@ -38,11 +45,11 @@ def _begin(largest_N, sums_N, at_target_N):
 
 
 @kernel
-def _take_in(scratch, first_row, targets_N, first, count, largest_N, sums_N, at_target_N):
+def _take_in(logits, stride, first_row, targets_N, first, count, largest_N, sums_N, at_target_N):
     """Add a block's columns to its rows' running maxima and sums of exponentials."""
     for r in range(32):
         n = first_row + r
-        row, groups, rest = scratch + 4 * CHUNK * r, count // 32, count % 32
+        row, groups, rest = logits + 4 * stride * r, count // 32, count % 32
         largest = largest_in_row(row, groups, rest, largest_N[n])
         sums_N[n] = sums_N[n] * exp(largest_N[n] - largest) + sum_of_exp(row, groups, rest, largest)
         largest_N[n] = largest
@@ -52,12 +59,12 @@ def _take_in(scratch, first_row, targets_N, first, count, largest_N, sums_N, at_
 
 
 @kernel
-def _gradient(scratch, first_row, targets_N, first, count, lse_N, scale, form, columns):
+def _gradient(logits, stride, first_row, targets_N, first, count, lse_N, scale, form, columns):
     """rows form of (softmax - onehot) * scale; rows with a negative target are padding: zero."""
     for r in range(32):
         n = first_row + r
         target = targets_N[n] - first
-        row, line = scratch + 4 * CHUNK * r, line_of(form, n, columns)
+        row, line = logits + 4 * stride * r, line_of(form, n, columns)
         if target + first < 0:
             floats(row, columns)[:] = f4(0)
             round_row(row, line, columns // 32, TILE)
@@ -87,16 +94,17 @@ def _finish(targets_N, largest_N, sums_N, at_target_N):
 
 
 @kernel
-def _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch):
-    """As head_loss; the first N of stats are left as the rows' log-sum-exp."""
+def _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept):
+    """As head_loss; the first N of stats are left as the rows' log-sum-exp. kept: room for all logits, or 0."""
     n = targets_N.size
     largest_N, sums_N, at_target_N = stats_3N[:n], stats_3N[n : 2 * n], stats_3N[2 * n : 3 * n]
     _begin(largest_N, sums_N, at_target_N)
     for first in range(0, vocabulary, CHUNK):
         count = min(CHUNK, vocabulary - first)
         for row in range(0, n, 32):
-            _logits(x, row, inner, wte_flipped, first, count, scratch)
-            _take_in(scratch, row, targets_N, first, count, largest_N, sums_N, at_target_N)
+            logits, stride = _place(kept, scratch, row, first, vocabulary)
+            _logits(x, row, inner, wte_flipped, first, count, logits, stride)
+            _take_in(logits, stride, row, targets_N, first, count, largest_N, sums_N, at_target_N)
     return _finish(targets_N, largest_N, sums_N, at_target_N)
 
 
@@ -106,27 +114,30 @@ def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch):
 
     targets: int32, -1 for padding rows. stats: 3 n float32 of scratch; scratch: 32 x CHUNK float32.
     """
-    return _head_loss(x, padded(width), wte_flipped, vocabulary, tokens(targets, n), floats(stats, 3 * n), scratch)
+    return _head_loss(x, padded(width), wte_flipped, vocabulary, tokens(targets, n), floats(stats, 3 * n), scratch, 0)
 
 
-@entry(_d8(*[_i8] * 15, _d8))
+@entry(_d8(*[_i8] * 16, _d8))
 def head_loss_backward(
-    x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, form, turned, dx, dwte,
+    x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, kept, form, turned, dx, dwte,
     accumulate, scale,
 ):  # fmt: skip
     """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32.
 
-    x_pairs: pairs form of x; wte_pairs: pairs form of wte. form, turned: room for n x CHUNK bfloat16 each.
+    x_pairs: pairs form of x; wte_pairs: pairs form of wte. kept: room for n x V float32, V padded, or 0: then logits
+    are computed twice. form, turned: room for n x CHUNK bfloat16 each.
     """
     inner, targets_N, stats_3N = padded(width), tokens(targets, n), floats(stats, 3 * n)
-    loss = _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch)
+    loss = _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept)
     strip = padded(vocabulary) // 32 * TILE
     for first in range(0, vocabulary, CHUNK):
         count = min(CHUNK, vocabulary - first)
         columns = padded(count)
         for row in range(0, n, 32):
-            _logits(x, row, inner, wte_flipped, first, count, scratch)
-            _gradient(scratch, row, targets_N, first, count, stats_3N, f4(scale), form, columns)
+            logits, stride = _place(kept, scratch, row, first, vocabulary)
+            if kept == 0:
+                _logits(x, row, inner, wte_flipped, first, count, logits, stride)
+            _gradient(logits, stride, row, targets_N, first, count, stats_3N, f4(scale), form, columns)
         product(n, width, columns, form, columns // 32 * TILE, wte_pairs + first // 32 * TILE, strip, dx, width,
                 first > 0, scratch)  # fmt: skip
         columns_of(form, turned, n, columns)

@@ -45,17 +45,18 @@ class Head:
                 scratch.ctypes.data,
             )  # fmt: skip
 
-    def backward(self, dx, dwte, accumulate, scale):
+    def backward(self, dx, dwte, accumulate, scale, keep=False):
         stats, scratch = np.full(3 * self.n, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
         chunk = min(CHUNK, padded(self.v))
+        kept = np.full((self.n, padded(self.v)), np.nan, np.float32)
         form, turned = np.full((2, self.n * chunk), 0xFFC1, np.uint16)
         x, x_pairs = form_of("rows", self.x), form_of("pairs", self.x)
         wte, wte_pairs = form_of("flipped", self.wte), form_of("pairs", self.wte)
         with tiles():
             return head.head_loss_backward.call(
                 x.ctypes.data, x_pairs.ctypes.data, self.c, wte.ctypes.data, wte_pairs.ctypes.data, self.v, self.n,
-                self.targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, form.ctypes.data, turned.ctypes.data,
-                dx.ctypes.data, dwte.ctypes.data, accumulate, scale,
+                self.targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, kept.ctypes.data if keep else 0,
+                form.ctypes.data, turned.ctypes.data, dx.ctypes.data, dwte.ctypes.data, accumulate, scale,
             )  # fmt: skip
 
 
@@ -84,6 +85,16 @@ def test_backward_equals_its_twin_and_padding_rows_have_no_part_in_it(n, c, v, a
         bound = scale * (BF16 * terms + 1e-5 * np.abs(twin).max()) + accumulate * 2**-23
         assert (np.abs(found - scale * twin) <= bound).all()
     assert not dx[~one.real].any()
+
+
+@pytest.mark.parametrize(("n", "c", "v"), SIZES)
+def test_keeping_the_logits_changes_no_bit(n, c, v, rng, buffer):
+    one = Head(rng, n, c, v)
+    found = []
+    for keep in (False, True):
+        dx, dwte = buffer(n, c), buffer(v, c)
+        found.append((one.backward(dx, dwte, 0, 1 / 24, keep), dx.tobytes(), dwte.tobytes()))
+    assert found[0] == found[1]
 
 
 def test_a_head_of_nothing_but_padding_has_no_loss_and_no_gradient(rng, buffer):
