@@ -184,12 +184,12 @@ def _head(s: Shape, rows: int, torch: Any) -> Candidates:
     chunk = min(CHUNK, padded(v))
     turned, logits, dx, dwte = form(n, chunk), form(n, chunk), filled(n, c), filled(v, c)
     stats, scratch, kept = filled(3 * n), filled(32 * CHUNK), filled(max(1, kept_logits(n, v)))
-    kept_at = kept.ctypes.data if kept_logits(n, v) else 0
     targets = np.full((rows // s.block_size, padded(s.block_size)), -1, np.int32)  # -1: padding
     targets[:, : s.block_size] = np.random.default_rng(2).integers(0, v, (len(targets), s.block_size))
 
     def ours(times: int) -> None:
         # Both forms of the embedding are a permutation of the same numbers, and here the same.
+        kept_at = kept.ctypes.data if kept_logits(n, v) else 0
         loops.repeat_head(
             times, x.ctypes.data, x_pairs.ctypes.data, c, small.ctypes.data, small.ctypes.data, v, n,
             targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, kept_at, logits.ctypes.data,

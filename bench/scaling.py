@@ -90,7 +90,7 @@ def jobs(options: Options, corpus: Path) -> dict[str, list[Job]]:
 
 
 def run(options: Options) -> int:
-    """Measure, print, write scaling.json, .md and, with matplotlib, .svg; the exit code."""
+    """Measure, print, write scaling-PRESET-DTYPE.json, .md and, with matplotlib, .svg; the exit code."""
     folder = results_folder(options.out)
     report.need_plots()
     cores = len(usable_cores())
@@ -112,7 +112,8 @@ def run(options: Options) -> int:
     }  # fmt: skip
     text = report.markdown_of(result, points, parts)
     report.show(text, points, parts, cores)
-    written = [*write_results(folder, "scaling", result, text), report.chart(folder, points, parts, result)]
+    name = f"scaling-{options.preset}-{result['dtype']}"
+    written = [*write_results(folder, name, result, text), report.chart(folder / f"{name}.svg", points, parts, result)]
     print("Written:", ", ".join(str(path) for path in written if path))
     return 0
 

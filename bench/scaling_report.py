@@ -132,8 +132,8 @@ def show(text: str, points: dict[str, list[Point]], parts: model.Parts, cores: i
     print()
 
 
-def chart(folder: Path, points: dict[str, list[Point]], parts: model.Parts, result: dict[str, Any]) -> Path | None:
-    """scaling.svg; None without matplotlib."""
+def chart(path: Path, points: dict[str, list[Point]], parts: model.Parts, result: dict[str, Any]) -> Path | None:
+    """The picture, as SVG; None without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib
@@ -160,7 +160,6 @@ def chart(folder: Path, points: dict[str, list[Point]], parts: model.Parts, resu
         f"{result['preset']}, {result['dtype']}, {result['machine']}, commit {result['commit']}", fontsize=9
     )
     figure.tight_layout()
-    path = folder / "scaling.svg"
     figure.savefig(path)
     pyplot.close(figure)
     return path

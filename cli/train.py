@@ -81,7 +81,7 @@ def train(
     """
     from cllm_spheres.training.launch import Launch
 
-    with Launch(None if resume else options["dtype"] or "auto") as launch:
+    with Launch(None if resume else options) as launch:
         from cllm_spheres_cli.progress import interruptible, progress_of
         from rich.console import Console
 

@@ -56,7 +56,7 @@ def train(
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
-    with Launch(None if resume else options.get("dtype") or "auto") as launch:
+    with Launch(None if resume else options) as launch:
         plan, finished = session.make_plan(
             _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config)
         )  # fmt: skip

@@ -78,7 +78,7 @@ class Config(BaseModel):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="Arithmetic of the matrix products: fp32; bf16, bfloat16 with float32 sums and weights; or auto, "
-        "bf16 where the CPU has it (AMX or AVX512-BF16) and else fp32.",
+        "the fastest here: bf16 where the CPU has it (AMX or AVX512-BF16) and else fp32.",
     )
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")
 

@@ -265,8 +265,8 @@ def test_the_library_example_runs(folder, environment):
 def test_a_run_writes_the_fields_that_are_documented(folder, environment):
     train = ["cllm-spheres", "train", "--preset", "minimal", "--run", "run", "--plain", "--eval-every", "500"]
     # long enough that the spheres are sampled, about once a second
-    run([*train, "--batch-size", "64", "--steps", "4000", "--stop-at", "2000"], folder, environment)
-    run(["cllm-spheres", "train", "--resume", "--run", "run", "--steps", "2100"], folder, environment)
+    run([*train, "--batch-size", "64", "--steps", "12000", "--stop-at", "10000"], folder, environment)
+    run(["cllm-spheres", "train", "--resume", "--run", "run", "--steps", "10100"], folder, environment)
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     for kind in ("step", "eval", "spheres"):
         found = {frozenset(record) for record in records if record["kind"] == kind}

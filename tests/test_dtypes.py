@@ -41,6 +41,13 @@ def test_auto_is_bfloat16_where_the_cpu_has_it():
     assert dtypes.describe("fp32") == "float32"
 
 
+def test_auto_is_float32_for_narrow_models_on_avx512(monkeypatch):
+    for backend, chosen in (("avx512", ["fp32", "bf16"]), ("amx", ["bf16", "bf16"]), (None, ["fp32", "fp32"])):
+        monkeypatch.setattr(dtypes, "bf16_backend", lambda backend=backend: backend)
+        assert [dtypes.choose("auto", width) for width in (dtypes.NARROW - 1, dtypes.NARROW)] == chosen
+        assert [dtypes.choose(dtype, 8) for dtype in ("fp32", "bf16")] == ["fp32", dtypes.usable("bf16")]
+
+
 def test_float32_stands_in_where_the_cpu_has_no_bfloat16(without_bf16):
     assert {dtypes.usable(dtype) for dtype in ("auto", "fp32", "bf16")} == {"fp32"}
     assert dtypes.describe("auto") == dtypes.describe("fp32") == "float32"
@@ -84,8 +91,8 @@ def run_by_command(corpus, path, dtype):  # noqa: F811
 @pytest.mark.parametrize("dtype", ["auto", None])
 def test_auto_is_the_default_and_stands_resolved_in_config_toml(corpus, tmp_path, dtype):  # noqa: F811
     lines, config, event = run_by_command(corpus, tmp_path / "run", dtype)
-    assert config["dtype"] == event["dtype"] == event["config"]["dtype"] == dtypes.usable("auto")
-    assert f"; {dtypes.describe('auto')}; 8 steps" in lines[0]
+    assert config["dtype"] == event["dtype"] == event["config"]["dtype"] == dtypes.choose("auto", TINY["width"])
+    assert f"; {dtypes.describe(config['dtype'])}; 8 steps" in lines[0]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID [DTYPE]`.
+"""Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID [DTYPE WIDTH]`.
 
 A process that has imported the kernels and run a tiny step forks 63 workers in less than a second, each sharing
 its memory. It has one thread, so forking is safe. It ends with Node Zero, and its workers end with it, stopped
@@ -138,9 +138,9 @@ def main() -> None:
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
         if sys.argv[3:]:
-            from cllm_spheres.model.dtypes import usable
+            from cllm_spheres.model.dtypes import choose
 
-            server.warm(usable(sys.argv[3]))
+            server.warm(choose(sys.argv[3], int(sys.argv[4])))
         server.run()
     except (BrokenPipeError, ConnectionResetError):
         pass  # Node Zero is gone, and so are we

@@ -24,15 +24,15 @@ class Server:
     connection: socket.socket
 
 
-def start_server(dtype: str | None = None) -> Server:
-    """A server, warming up for a dtype if one is likely.
+def start_server(*likely: str) -> Server:
+    """A server, warming up at once where dtype and width of the model are likely ones.
 
     Call it from the main thread: the kernel ends the server when the thread that started it ends.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid()),
-         *([dtype] if dtype else [])],
+         *likely],
         pass_fds=[theirs.fileno()], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()

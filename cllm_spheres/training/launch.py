@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from cllm_spheres.config import DEFAULT_PRESET, PRESETS
 from cllm_spheres.spheres.serving import clean_environment
 from cllm_spheres.training.signals import STOP_SIGNALS
 
@@ -37,8 +38,8 @@ class Launch:
     plan: Plan
     began: float  # Unix time of the order
 
-    def __init__(self, dtype: str | None = None) -> None:
-        """dtype: what will probably be computed in; None: not known before there is a plan."""
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        """options: those of a new run, which tell early what kernels it needs; None: not known before its plan."""
         self.status = ""
         self._obeys = False
         self._outcome: dict[str, Any] | None = None
@@ -47,7 +48,7 @@ class Launch:
         old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cllm_spheres.training.process", *([dtype] if dtype else [])],
+                [sys.executable, "-P", "-m", "cllm_spheres.training.process", *_likely(options)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
             )  # fmt: skip
         finally:
@@ -123,6 +124,14 @@ class Launch:
             f" {'Go on from the last checkpoint' if saved else 'No checkpoint had been saved; begin again'}:"
             f" cllm-spheres train --resume --run {self.plan.run}" + (f"\nIt said:\n{said}" if said else "")
         )
+
+
+def _likely(options: dict[str, Any] | None) -> list[str]:
+    """dtype and width as far as the options tell, or nothing."""
+    if options is None:
+        return []
+    preset = PRESETS.get(options.get("preset") or DEFAULT_PRESET, {})
+    return [str(options.get("dtype") or "auto"), str(options.get("width") or preset.get("width", 0))]
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     values["tokenizer"] = prepared.manifest["tokenizer"]
     values["vocab_size"] = prepared.vocab_size
     if config.dtype == "auto":
-        values["dtype"] = dtypes.usable("auto")
+        values["dtype"] = dtypes.choose("auto", config.width)
     values["ff_width"] = config.ff_width or 4 * config.width
     if config.epochs is not None:
         windows = len(prepared.train) // config.block_size

@@ -1,4 +1,4 @@
-"""Node Zero's process: `python -m cllm_spheres.training.process [DTYPE]`, launched by `launch.py`.
+"""Node Zero's process: `python -m cllm_spheres.training.process [DTYPE WIDTH]`, launched by `launch.py`.
 
 It reads one JSON line from standard input, and keeps that open: its end means that the launcher died. It writes
 JSON lines to standard output: {"status": text} while it starts, {"outcome": {...}} at the end.
@@ -88,7 +88,7 @@ def run_training(server: Server) -> dict[str, Any]:
 
 def main() -> None:
     """Obey the order on standard input."""
-    server = start_server(*sys.argv[1:2])  # it warms up while this process still imports, and waits for its order
+    server = start_server(*sys.argv[1:3])  # it warms up while this process still imports, and waits for its order
     try:
         outcome = run_training(server)
     except SpheresError as error:

@@ -90,7 +90,7 @@ def test_strong_scaling_keeps_the_batch_and_weak_scaling_the_shard(tmp_path):
 def test_a_small_run_writes_what_it_measured(tmp_path, capsys):
     options = scaling.Options(preset="minimal", dtype="fp32", workers=(1, 3), spheres=5, seconds=0.05, out=tmp_path)
     assert scaling.run(options) == 0
-    result = json.loads((tmp_path / "scaling.json").read_text())
+    result = json.loads((tmp_path / "scaling-minimal-fp32.json").read_text())
     strong, weak = result["points"]["strong"], result["points"]["weak"]
     assert [(p["workers"], p["spheres"], p["batch_size"]) for p in strong + weak] == [
         (1, 5, 10), (3, 5, 10), (1, 1, 2), (3, 3, 6),
@@ -102,7 +102,7 @@ def test_a_small_run_writes_what_it_measured(tmp_path, capsys):
         busy = point["phases_s"]
         assert busy["compute"] > 0 and busy["gather"] > 0 and busy["update"] > 0 and busy["pack"] == 0
         assert sum(busy.values()) == pytest.approx(point["step_s"], rel=0.25)  # a worker's clock begins a bit later
-    text = (tmp_path / "scaling.md").read_text()
+    text = (tmp_path / "scaling-minimal-fp32.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "## A core for each worker: the model" in text and "Not measured:" in text
     if result["cores"] < 3:

@@ -21,7 +21,7 @@ DTYPES = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(usable("auto") =
 def test_a_profiled_step_tells_where_its_time_went(corpus, tmp_path, dtype):
     options = TINY | dict(steps=14, spheres=4, workers=2, dtype=dtype, eval_every=14)
     plan = session.new_run(corpus, options, run=tmp_path / "run", file=None)
-    outcome = finished(Launch(dtype).obey(replace(plan, profile=True)))
+    outcome = finished(Launch({"dtype": dtype}).obey(replace(plan, profile=True)))
     assert outcome.code == 0, outcome.message
     assert outcome.event("profile")["step"] >= 10
     trace = json.loads((tmp_path / "run" / "profile.json").read_text())
