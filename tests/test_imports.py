@@ -96,10 +96,14 @@ def test_the_rule_itself():
     assert list(imports_of("def f():\n    from cllm_spheres import api")) == [(2, "cllm_spheres.api")]
 
 
-def test_nothing_that_is_installed_imports_the_tests_or_the_bench():
+def test_only_the_command_bench_imports_the_benchmarks_and_nothing_the_tests():
+    users = set()
     for path in sources():
         tops = {module.partition(".")[0] for _, module in imports_of(path.read_text(encoding="utf-8"))}
         assert not tops & {"tests", "bench", "prototype", "pytest", "hypothesis"}, path
+        if "cllm_spheres_bench" in tops:
+            users.add(path.relative_to(ROOT).as_posix())
+    assert users == {"cli/bench.py"}
 
 
 def test_importing_the_package_loads_nothing_heavy():
