@@ -39,6 +39,9 @@ EVENTS = (
     "saved",  # path, seconds
     "best",  # as saved, with val_loss: the lowest so far
     "turned_up",  # validation loss has risen: best_step, best_loss
+    "hung",  # worker: it did nothing for too long and is ended
+    "lost",  # worker, pid; of the process that starts the workers neither
+    "recovered",  # workers, seconds
     "stopping",  # signal
     "failed",  # error
     "end",  # reason: "done", "stop_at", "signal"; path of the last checkpoint

@@ -80,17 +80,18 @@ def release(x):
 
 
 @kernel
-def wait_for_change(x, line, value):
-    """Wait until a control word is no longer `value`; False where the command was aborted meanwhile."""
-    address = word(x, line)
+def wait_for_release(x, seen):
+    """Wait at the barrier where RELEASE was `seen`; False where the command was aborted meanwhile."""
+    say(x, M.S_WAITING)
+    address = word(x, M.RELEASE)
     for _ in range(x[SPIN]):
-        if load(address) != value:
+        if load(address) != seen:
             return True
         pause()
-    while load(address) == value:
+    while load(address) == seen:
         if load(word(x, M.ABORT)) != 0:
             return False
-        wait_while(address, value, word(x, M.LONG_TIMEOUT))
+        wait_while(address, seen, word(x, M.LONG_TIMEOUT))
     return True
 
 
@@ -101,5 +102,4 @@ def meet(x):
     if arrive(x):
         release(x)
         return True
-    say(x, M.S_WAITING)
-    return wait_for_change(x, M.RELEASE, seen)
+    return wait_for_release(x, seen)

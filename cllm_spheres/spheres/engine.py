@@ -6,6 +6,8 @@ memory, so it does not matter who it is. Node Zero gives commands of up to 4,096
 in the path of a step.
 
 Packing stands at the start of every step and evaluation, so after a resume or a recovery nothing has to be rebuilt.
+A command that was aborted is given again from the first step that is not whole: spheres that are complete stay so, and
+an update that had begun goes on.
 """
 
 from __future__ import annotations
@@ -37,89 +39,102 @@ def _begin_trace(x, step):
 
 
 @kernel
+def _spent(x, word, since):
+    """Add the time since then to one of this worker's words; returns now."""
+    now = C.now(x)
+    integers(C.mine(x, word), 1)[0] += now - since
+    return now
+
+
+@kernel
+def _compute_and_decide(x, step, index, trace):
+    """Everything of a step before its update; False where aborted."""
+    at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
+    record = integers(at, M.RECORD_WORDS)
+    start = packed = computing = C.now(x)
+    if x[C.PACK_UNITS] > 0:
+        C.say(x, M.S_PACKING)
+        phases.pack(x)
+        mark(trace, T.PACK)
+        packed = _spent(x, M.W_PACK_NS, start)
+        if not C.meet(x):
+            return False
+        mark(trace, T.WAIT)
+        computing = _spent(x, M.W_WAIT_NS, packed)
+    C.say(x, M.S_COMPUTING)
+    if not phases.compute(x, step, trace):
+        return False
+    computed = _spent(x, M.W_COMPUTE_NS, computing)
+
+    seen = load(C.word(x, M.RELEASE))
+    if C.arrive(x):
+        record[M.R_COMPUTED_NS] = C.now(x)
+        for total in (M.R_PACK_SUM, M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM):
+            record[total] = 0
+        C.release(x)
+    elif not C.wait_for_release(x, seen):
+        return False
+    mark(trace, T.WAIT)
+    gathering = _spent(x, M.W_WAIT_NS, computed)
+    C.say(x, M.S_GATHERING)
+    phases.gather(x)
+    mark(trace, T.GATHER)
+    gathered = _spent(x, M.W_GATHER_NS, gathering)
+    add(at + 8 * M.R_PACK_SUM, packed - start)
+    add(at + 8 * M.R_COMPUTE_SUM, computed - computing)
+    add(at + 8 * M.R_GATHER_SUM, gathered - gathering)
+
+    seen = load(C.word(x, M.RELEASE))
+    if C.arrive(x):
+        record[M.R_GATHERED_NS] = C.now(x)
+        phases.decide(x, step, index)
+        C.release(x)
+    elif not C.wait_for_release(x, seen):
+        return False
+    mark(trace, T.WAIT)
+    _spent(x, M.W_WAIT_NS, gathered)
+    return True
+
+
+@kernel
+def _update_and_finish(x, step, index, verdict, trace):
+    """The rest of a step; False where aborted."""
+    start = C.now(x)
+    if verdict == phases.UPDATE:
+        C.say(x, M.S_UPDATING)
+        phases.update(x, step)
+    mark(trace, T.UPDATE)
+    updated = _spent(x, M.W_UPDATE_NS, start)
+    add(x[C.RING_AT] + 8 * (index * M.RECORD_WORDS + M.R_UPDATE_SUM), updated - start)
+
+    seen = load(C.word(x, M.RELEASE))
+    if C.arrive(x):
+        phases.finish(x, step, index)
+        C.release(x)
+    elif not C.wait_for_release(x, seen):
+        return False
+    mark(trace, T.WAIT)
+    _spent(x, M.W_WAIT_NS, updated)
+    return True
+
+
+@kernel
 def _steps(x, first, last):
     """Steps first .. last - 1; False where the command was aborted."""
-    base = first
+    base = load(C.word(x, M.BASE))
     for step in range(first, last):
         index = step - base
-        at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
-        record = integers(at, M.RECORD_WORDS)
-        start = C.now(x)
         trace = _begin_trace(x, step)
-        if step == first and x[C.WORKER] == 0:
-            store(C.word(x, M.STEP_START), start)
-        packed, computing = start, start
-        if x[C.PACK_UNITS] > 0:
-            C.say(x, M.S_PACKING)
-            phases.pack(x)
-            packed = C.now(x)
-            mark(trace, T.PACK)
-            if not C.meet(x):
-                return False
-            mark(trace, T.WAIT)
-            computing = C.now(x)
-        C.say(x, M.S_COMPUTING)
-        phases.compute(x, step, trace)
-        computed = C.now(x)
-
-        seen = load(C.word(x, M.RELEASE))
-        if C.arrive(x):
-            record[M.R_COMPUTED_NS] = C.now(x)
-            for total in (M.R_PACK_SUM, M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM):
-                record[total] = 0
-            C.release(x)
-        else:
-            C.say(x, M.S_WAITING)
-            if not C.wait_for_change(x, M.RELEASE, seen):
-                return False
-        gathering = C.now(x)
-        mark(trace, T.WAIT)
-        C.say(x, M.S_GATHERING)
-        phases.gather(x)
-        gathered = C.now(x)
-        mark(trace, T.GATHER)
-        add(at + 8 * M.R_PACK_SUM, packed - start)
-        add(at + 8 * M.R_COMPUTE_SUM, computed - computing)
-        add(at + 8 * M.R_GATHER_SUM, gathered - gathering)
-
-        seen = load(C.word(x, M.RELEASE))
-        if C.arrive(x):
-            record[M.R_GATHERED_NS] = C.now(x)
-            doubles(x[C.DECISION], DECISION_WORDS)[DECISION_WORDS - 1] = float(phases.decide(x, step, index))
-            C.release(x)
-        else:
-            C.say(x, M.S_WAITING)
-            if not C.wait_for_change(x, M.RELEASE, seen):
-                return False
-        verdict = doubles(x[C.DECISION], DECISION_WORDS)[DECISION_WORDS - 1]
-        if verdict == 2.0:
+        if index == 0 and x[C.WORKER] == 0:
+            store(C.word(x, M.STEP_START), C.now(x))
+        # Where an update was interrupted the gate is open already: only the rest of it is due.
+        if load(C.word(x, M.GATE)) < step and not _compute_and_decide(x, step, index, trace):
+            return False
+        verdict = doubles(x[C.DECISION], DECISION_WORDS)[phases.D_VERDICT]
+        if verdict == phases.END:
             return True
-        updating = C.now(x)
-        mark(trace, T.WAIT)
-        if verdict == 0.0:
-            C.say(x, M.S_UPDATING)
-            phases.update(x, step)
-        updated = C.now(x)
-        mark(trace, T.UPDATE)
-        add(at + 8 * M.R_UPDATE_SUM, updated - updating)
-
-        seen = load(C.word(x, M.RELEASE))
-        if C.arrive(x):
-            phases.finish(x, step, index, verdict == 1.0)
-            C.release(x)
-        else:
-            C.say(x, M.S_WAITING)
-            if not C.wait_for_change(x, M.RELEASE, seen):
-                return False
-        mark(trace, T.WAIT)
-        mine = integers(C.mine(x, 0), M.WORKER_WORDS)
-        mine[M.W_PACK_NS] += packed - start
-        mine[M.W_COMPUTE_NS] += computed - computing
-        mine[M.W_GATHER_NS] += gathered - gathering
-        mine[M.W_UPDATE_NS] += updated - updating
-        mine[M.W_WAIT_NS] += (
-            (computing - packed) + (gathering - computed) + (updating - gathered) + (C.now(x) - updated)
-        )
+        if not _update_and_finish(x, step, index, verdict, trace):
+            return False
         if load(C.word(x, M.HALT)) != 0:
             return True
     return True
@@ -134,19 +149,19 @@ def _evaluate(x, first, last):
         if not C.meet(x):
             return False
     C.say(x, M.S_EVALUATING)
-    phases.evaluate(x, first, last)
-    return True
+    return phases.evaluate(x, first, last)
 
 
 @entry(types.int64(types.int64))
 def work(context):
     """A worker's life: commands until EXIT. context: the address of int64[len(C.FIELDS)]. Returns 0."""
     x = integers(context, len(C.FIELDS))
+    last_command = load(C.word(x, M.COMMAND))  # of one that replaces another: a command that was aborted
+    store(C.mine(x, M.W_LEFT), last_command)
+    C.say(x, M.S_IDLE)
     store(C.mine(x, M.W_READY), 1)
     C.ring_bell(x)
-    last_command = 0
     while True:
-        C.say(x, M.S_IDLE)
         while load(C.word(x, M.COMMAND)) == last_command:
             wait_while(C.word(x, M.COMMAND), last_command, C.word(x, M.LONG_TIMEOUT))
         last_command = load(C.word(x, M.COMMAND))
@@ -173,5 +188,8 @@ def work(context):
                 C.release(x)
                 C.ring_bell(x)
             else:
-                C.say(x, M.S_WAITING)
-                C.wait_for_change(x, M.RELEASE, seen)
+                C.wait_for_release(x, seen)
+        C.say(x, M.S_IDLE)
+        store(C.mine(x, M.W_LEFT), last_command)
+        if load(C.word(x, M.ABORT)) != 0:
+            C.ring_bell(x)

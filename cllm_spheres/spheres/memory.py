@@ -40,7 +40,8 @@ PAGE = 4096
     SHORT_TIMEOUT,  # seconds, ns: how often Node Zero looks around
     CLOCK,  # scratch of Node Zero's clock calls
     TRACED_STEP,  # the step of which traces are kept, where there is room for them
-) = range(19)
+    BASE,  # the step whose record stands first in the ring
+) = range(20)
 CONTROL_LINES = 32
 
 # Commands.
@@ -51,8 +52,8 @@ HALT_STOP, HALT_NONFINITE = 1, 2
 # Words of a worker, two lines each.
 (
     W_ARRIVED, W_STATE, W_COMPUTE_NS, W_WAIT_NS, W_GATHER_NS, W_UPDATE_NS, W_CLOCK, W_CLOCK_2,
-    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS, W_PACK_NS,
-) = range(14)  # fmt: skip
+    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS, W_PACK_NS, W_LEFT, W_SPHERE,
+) = range(16)  # fmt: skip
 WORKER_WORDS = 16
 # States of a worker.
 STATES = ("starting", "idle", "packing", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
@@ -65,8 +66,8 @@ SPHERE_WORDS = 8
 # Words of a step's record in the ring.
 (
     R_STEP, R_LOSS, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS, R_END_NS,
-    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM,
-) = range(15)  # fmt: skip
+    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM, R_APPLIED,
+) = range(16)  # fmt: skip
 RECORD_WORDS = 16
 RING = 4096  # steps that a command has at most
 ERROR_BYTES = 1024  # what a worker can say of an exception

@@ -2,18 +2,17 @@
 
 Node Zero never computes a batch. It writes commands into shared memory and waits on a bell that workers ring when
 a command is finished; a thread listens to the server and rings it too when a worker ends.
+
+A worker that ends or hangs is replaced, and the command is given again from the first step that is not whole: what
+is complete stays, the rest is a pure function of shared memory, so the bits are those of an undisturbed run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
-import socket
-import subprocess
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,16 +23,19 @@ from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.crew import Crew, Ended
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.placement import Claims, claim, read_cores
-from cllm_spheres.spheres.server import PACKET_BYTES
-from cllm_spheres.spheres.serving import Server, start_server
+from cllm_spheres.spheres.serving import Server
 from cllm_spheres.spheres.topology import hosted
 from cllm_spheres.units import size
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
-SILENCE_S = 120.0  # a worker that computes raises its progress at every layer; after this long it counts as hung
+# A worker that computes raises its progress at every layer, one that updates at every block. It counts as hung when it
+# did not for this many times the longest step so far, within bounds.
+SILENCE_STEPS, LEAST_SILENCE_S, MOST_SILENCE_S = 20, 10.0, 120.0
+MOST_DEATHS = 3  # at one place within one step, or of one sphere's hosts: then the cause is no accident
 
 
 class NodeZero:
@@ -41,23 +43,21 @@ class NodeZero:
 
     def __init__(
         self, job: Job, status: Callable[[str], None] = lambda text: None, look: Callable[[], None] = lambda: None,
-        server: Server | None = None,
+        server: Server | None = None, tell: Callable[..., None] = lambda event, message, **facts: None,
     ) -> None:  # fmt: skip
         """status: told what a person may want to know; look: called about ten times a second in `start` and `do`;
-        server: one that has been started already.
+        server: one that has been started already; tell: told of each loss and recovery, as an event.
         """
         # The plan names cores as if the machine were ours; here those are taken that no other run has.
         self._claims, cores = claim(job.workers, read_cores(usable_cores())) if job.cores else (Claims(), [])
         self.job = job = replace(job, cores=cores)
         self.memory = SharedMemory(job.sizes)
-        self._status, self._look, self._server_given = status, look, server
-        self._lost: list[tuple[int, int, int]] = []  # worker, pid, wait status
-        self._pids: dict[int, int] = {}
-        self._ended: set[int] = set()
-        self._warm = threading.Event()
-        self._server_gone = False
-        self._closing = False
-        self._command = 0
+        self._status, self._look, self._tell, self._server_given = status, look, tell, server
+        self._command = (0, 0, 0, 0)  # number, kind, first, last
+        self._recovering = False
+        self._deaths: Counter[int] = Counter()  # of workers within the current step
+        self._deaths_of: Counter[int] = Counter()  # of whoever computed a sphere within the current step
+        self._deaths_step = 0
         for word, seconds, nanoseconds in (
             (M.LONG_TIMEOUT, 1, 0),
             (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9)),
@@ -73,76 +73,33 @@ class NodeZero:
         """The server and all workers; returns when every worker is ready. RunFailed where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
-        server = self._server_given or start_server()
-        self._server, self._connection = server.process, server.connection
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        request = {"spawn": list(range(self.job.workers)), "job": self.job.to_dict()}
-        socket.send_fds(self._connection, [json.dumps(request).encode()], [self.memory.descriptor])
-        while not self._warm.wait(LOOK_AROUND_S):  # it may compile for a while
+        self.crew = Crew(self.job, self.memory, self.ring_bell, self._status, self._server_given)
+        self.crew.spawn(list(range(self.job.workers)))
+        while not self.crew.warm.wait(LOOK_AROUND_S):  # it may compile for a while
             self._look()
-            self._check_server()
-        ready = self.memory.worker_words()[:, M.W_READY]
-        while not ready.all():
+            if self.crew.server_gone:
+                raise RunFailed(
+                    f"The process that starts the workers (pid {self.server_pid}) {self.crew.server_end()}."
+                )
+        while not self.crew.ready():
             self.wait_for_bell()
             self._look()
             self.check()
 
     def close(self) -> None:
         """End every worker and the server; nothing of the run is left when this returns."""
-        if not hasattr(self, "_server"):
+        if not hasattr(self, "crew"):
             return
-        self._closing = True
-        if not self._server_gone and not self._lost and self._idle():
+        if not self.crew.lost and self.finished():
             self._give(M.EXIT, 0, 0)
-            deadline = time.monotonic() + 5
-            while len(self._ended) < len(self._pids) and not self._server_gone and time.monotonic() < deadline:
-                self.wait_for_bell()
+            self.crew.wait_for_ends(5.0, self.wait_for_bell)
         self.kill()
 
     def kill(self) -> None:
         """SIGKILL for all workers, confirmed by their parent, then the server's end."""
         self._claims.keep([])
-        self._closing = True
-        self._set(M.ABORT, 1)
-        atomics.wake_all(self.memory.control(M.RELEASE))
-        if not self._pids:
-            self._server.kill()  # it is still compiling and hears nothing
-        try:
-            self._connection.send(json.dumps({"kill": True}).encode())
-        except OSError:
-            self._server_gone = True
-        deadline = time.monotonic() + 10
-        while len(self._ended) < len(self._pids) and not self._server_gone and time.monotonic() < deadline:
-            time.sleep(0.002)
-        with contextlib.suppress(OSError):  # the server may have closed it already
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-        try:
-            self._server.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait()
-
-    def _listen(self) -> None:
-        try:
-            while data := self._connection.recv(PACKET_BYTES):
-                message = json.loads(data)
-                if "status" in message and isinstance(message["status"], str):
-                    self._status(message["status"])
-                elif "warm" in message:
-                    self._warm.set()
-                elif "started" in message:
-                    self._pids[message["started"]] = message["pid"]
-                elif "ended" in message:
-                    if not self._closing:
-                        self._lost.append((message["ended"], message["pid"], message["status"]))
-                    self._ended.add(message["pid"])
-                self.ring_bell()
-        except OSError:
-            pass  # the connection was closed by `kill`
-        self._server_gone = True
-        self.ring_bell()
+        if hasattr(self, "crew"):
+            self.crew.kill()
 
     # ---- commands
 
@@ -151,6 +108,7 @@ class NodeZero:
         for word in (M.ABORT, M.HALT):
             self._set(word, 0)
         self._silent_s[:] = 0
+        self._set(M.BASE, first)
         self._give(kind, first, last)
 
     def do(self, kind: int, first: int = 0, last: int = 0) -> None:
@@ -163,7 +121,7 @@ class NodeZero:
 
     def finished(self) -> bool:
         """Whether the last command has been finished by all workers."""
-        return self._get(M.FINISHED) == self._command
+        return self._get(M.FINISHED) == self._command[0]
 
     def wait_for_bell(self) -> None:
         """Sleep until something happens, at most 0.1 s; other threads run meanwhile."""
@@ -211,18 +169,17 @@ class NodeZero:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Worker -> process."""
-        return dict(self._pids)
+        """Worker -> process, of those that live."""
+        return dict(self.crew.pids)
 
     @property
     def server_pid(self) -> int:
-        return self._server.pid
+        return self.crew.server.process.pid
 
     def check(self) -> None:
-        """SphereLost where a worker has ended or hangs; RunFailed where the server has gone."""
-        if self._lost:
-            raise SphereLost(self._describe(*self._lost[0]))
-        self._check_server()
+        """Notice who has ended or hangs, and recover. SphereLost or another RunFailed where that is not possible."""
+        if self.crew.lost:
+            self._recover()
         now = time.monotonic()
         # A clock of our own: where Node Zero itself did not run (suspended, frozen), no time has passed.
         passed, self._looked_at = min(now - self._looked_at, 1.0), now
@@ -230,61 +187,148 @@ class NodeZero:
         moved = (words != self._progress).any(axis=1)
         # Whoever has come to the current barrier waits for others; one that was stopped asleep there has not moved on.
         waits = words[:, M.W_ARRIVED] > self._get(M.RELEASE)
-        if self._idle():
-            waits |= words[:, M.W_STATE] == M.S_IDLE
+        # Whoever has left the command is idle, but for the one that must still notice the next.
+        waits |= (words[:, M.W_LEFT] == self._command[0]) | (words[:, M.W_READY] == 0)
         self._silent_s = np.where(moved | waits, 0.0, self._silent_s + passed)
         self._progress[:] = words
-        if self._silent_s.max() > SILENCE_S:
+        if self._silent_s.max() > self._silence_s():
             worker = int(self._silent_s.argmax())
-            state = M.STATES[int(words[worker, M.W_STATE])]
+            self._tell(
+                "hung", f"{self._names(worker)} (pid {self.pids.get(worker)}) did nothing for"
+                f" {self._silent_s[worker]:.0f} s while {self._state(worker)}, step {self.done + 1}. It may be stopped"
+                " (SIGSTOP) or starved of its core. It is ended and replaced.", worker=worker,
+            )  # fmt: skip
+            self._silent_s[worker] = 0
+            self.crew.kill_worker(worker)
+            self._recover()
+
+    # ---- losses
+
+    def _silence_s(self) -> float:
+        """How long a worker may do nothing that can be seen."""
+        records = self.memory.ring_words()
+        ends, starts = records[:, M.R_END_NS], records[:, M.R_START_NS]
+        longest = float((ends - starts).max()) / 1e9
+        return min(MOST_SILENCE_S, max(LEAST_SILENCE_S, SILENCE_STEPS * longest)) if longest > 0 else MOST_SILENCE_S
+
+    def _recover(self) -> None:
+        """Replace whoever has ended and give the command again. More may end meanwhile: they are replaced too."""
+        if self._recovering:
+            return
+        self._recovering, began = True, time.monotonic()
+        interrupted = not self.finished()
+        replaced: list[int] = []
+        try:
+            while self.crew.lost:
+                if self.crew.server_gone:
+                    self._tell(
+                        "lost",
+                        f"The process that starts the workers {self.crew.server_end()}; its workers ended with it.",
+                    )
+                for ended in self.crew.take_ended():
+                    self._count(ended)
+                    self._tell("lost", self._describe(ended), worker=ended.worker, pid=ended.pid)
+                self._leave_command()
+                missing = self.crew.missing()
+                replaced += missing
+                self.crew.spawn(missing)
+                deadline = time.monotonic() + MOST_SILENCE_S
+                while not self.crew.ready() and not self.crew.lost:
+                    self.wait_for_bell()
+                    if time.monotonic() > deadline:
+                        raise SphereLost(f"Nobody could take the place of workers {missing}: none was ready in time.")
+            if interrupted:
+                self._give_again()
+        finally:
+            self._recovering = False
+        seconds, workers = time.monotonic() - began, sorted(set(replaced))
+        names = f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}"
+        self._tell(
+            "recovered", f"Replaced {names} within {seconds:.2f} s; step {self.done + 1} goes on.", seconds=seconds,
+            workers=workers,
+        )  # fmt: skip
+
+    def _leave_command(self) -> None:
+        """Have the living leave the command that was interrupted; they wait for the next then."""
+        self._set(M.ABORT, 1)
+        while not self.finished():
+            atomics.wake_all(self.memory.control(M.RELEASE))
+            left = self.memory.worker_words()[:, M.W_LEFT]
+            if all(left[worker] == self._command[0] for worker in self.pids):
+                return
+            self.wait_for_bell()
+            self.check()  # who does not leave hangs, and is ended
+
+    def _give_again(self) -> None:
+        """The interrupted command from where it stands. Nobody is in it any more."""
+        number, kind, first, last = self._command
+        self._set(M.ARRIVED, 0)
+        self._set(M.RELEASE, self._get(M.RELEASE) + 1)  # who had arrived at the barrier that was left waits no more
+        self._set(M.ABORT, 0)
+        if self.finished():
+            return
+        if kind == M.STEPS:
+            first = self.done + 1
+            if first == last or self.halt:  # all that was lost is the barrier at its end
+                self._set(M.FINISHED, number)
+                return
+        self._give(kind, first, last)
+
+    def _count(self, ended: Ended) -> None:
+        """SphereLost where a worker said why it ended, or where one place or one sphere has cost too many."""
+        if self._deaths_step != self.done:
+            self._deaths.clear()
+            self._deaths_of.clear()
+            self._deaths_step = self.done
+        words = self.memory.worker_words()[ended.worker]
+        self._deaths[ended.worker] += 1
+        if words[M.W_STATE] == M.S_COMPUTING:
+            self._deaths_of[int(words[M.W_SPHERE])] += 1
+        if not os.WIFSIGNALED(ended.status):
+            raise SphereLost(self._describe(ended))
+        sphere, deaths = max(self._deaths_of.items(), key=lambda item: item[1], default=(0, 0))
+        if deaths >= MOST_DEATHS:
             raise SphereLost(
-                f"{self._names(worker)} (pid {self._pids.get(worker)}) did nothing for {SILENCE_S:.0f} s while {state},"
-                f" step {self.done + 1}. It may be stopped (SIGSTOP) or starved of its core."
+                f"Sphere {sphere} ended {deaths} different workers in step {self.done + 1}: {self._describe(ended)}\n"
+                "Its shard of this step cannot be computed here."
             )
+        if self._deaths[ended.worker] >= MOST_DEATHS:
+            raise SphereLost(f"{self._describe(ended)}\nIt ended {MOST_DEATHS} times within this step.")
 
-    # ---- inside
-
-    def _describe(self, worker: int, pid: int, status: int) -> str:
-        state = M.STATES[int(self.memory.worker_words()[worker, M.W_STATE])]
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
+    def _describe(self, ended: Ended) -> str:
+        if os.WIFSIGNALED(ended.status):
+            number = os.WTERMSIG(ended.status)
             how = f"ended by signal {number} ({signal.Signals(number).name})"
         else:
-            how = f"ended with exit code {os.waitstatus_to_exitcode(status)}"
-        text = f"{self._names(worker)} (pid {pid}) {how} while {state}, step {self.done + 1}."
-        said = self.memory.error(worker)
+            how = f"ended with exit code {os.waitstatus_to_exitcode(ended.status)}"
+        text = f"{self._names(ended.worker)} (pid {ended.pid}) {how} while {self._state(ended.worker)},"
+        text += f" step {self.done + 1}."
+        said = self.memory.error(ended.worker)
         if said:
             text += f"\nIt said: {said}"
-        if "memory" in said or "space" in said or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+        killed = os.WIFSIGNALED(ended.status) and os.WTERMSIG(ended.status) == signal.SIGKILL
+        if "memory" in said or "space" in said or killed:
             text += (
                 f"\nOften the machine ran out of memory: this run shares {size(self.memory.regions.total)},"
                 f" {size(available_memory())} are available now. Try fewer --spheres or --workers."
             )
         return text
 
+    def _state(self, worker: int) -> str:
+        return M.STATES[int(self.memory.worker_words()[worker, M.W_STATE])]
+
     def _names(self, worker: int) -> str:
         spheres = list(hosted(worker, self.job.workers, self.job.spheres))
         names = ", ".join(map(str, spheres[:6])) + (", ..." if len(spheres) > 6 else "")
         return f"{'sphere' if len(spheres) == 1 else 'spheres'} {names} of worker {worker}"
 
-    def _check_server(self) -> None:
-        if self._server_gone and not self._closing:
-            code = self._server.wait(timeout=5)
-            how = (
-                f"ended by signal {-code} ({signal.Signals(-code).name})"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
-            raise RunFailed(f"The process that starts the workers (pid {self._server.pid}) {how}.")
-
-    def _idle(self) -> bool:
-        return self._command == 0 or self.finished()
+    # ---- inside
 
     def _give(self, kind: int, first: int, last: int) -> None:
         for word, value in ((M.KIND, kind), (M.FIRST, first), (M.LAST, last)):
             self._set(word, value)
-        self._command += 1
-        self._set(M.COMMAND, self._command)
+        self._command = (self._command[0] + 1, kind, first, last)
+        self._set(M.COMMAND, self._command[0])
         atomics.wake_all(self.memory.control(M.COMMAND))
 
     def _words(self, word: int, count: int = 1) -> np.ndarray:

@@ -38,7 +38,7 @@ from cllm_spheres.kernels.trace import clock_ns, mark
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.atomics import add, exchange_if, load, store
+from cllm_spheres.spheres.atomics import exchange_if, load, store
 from cllm_spheres.text.batches import read_window, shard, window_start
 
 # The phases' one machine code, called by address; that of a dtype stands in the context.
@@ -54,6 +54,9 @@ _update_block = update_block.external
 _commit_block = commit_block.external
 # float64 constants of a run.
 K_CLIP, K_BETA1, K_BETA2, K_DECAY = range(4)
+# The last word of the decision: update the weights, skip that, or end before it (not finite, or the gate was closed).
+D_VERDICT = DECISION_WORDS - 1
+UPDATE, SKIP, END = 0.0, 1.0, 2.0
 
 
 @kernel
@@ -73,12 +76,21 @@ def pack(x):
 
 @kernel
 def compute(x, step, trace):
-    """Forward and backward of every sphere that this worker hosts, of step `step` (from 1)."""
+    """Forward and backward of every sphere that this worker hosts, of step `step` (from 1); False where aborted.
+
+    What was complete before a loss is not computed again.
+    """
     key = np.int64(key_of(x[C.SEED], PURPOSE_DROPOUT, step)) if x[C.HAS_DROPOUT] else 0
     length = x[C.BLOCK_SIZE]
     scale = 1.0 / (x[C.BATCH_SIZE] * length)
     for sphere in range(x[C.WORKER], x[C.NUM_SPHERES], x[C.NUM_WORKERS]):
+        words = x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8
+        if load(words + 8 * M.P_COMPLETE) == step:
+            continue
+        if load(C.word(x, M.ABORT)) != 0:
+            return False
         start = C.now(x)
+        store(C.mine(x, M.W_SPHERE), sphere)
         mark(trace, T.SPHERE + sphere)
         first, count = shard(x[C.BATCH_SIZE], x[C.NUM_SPHERES], sphere)
         for i in range(count):
@@ -93,11 +105,11 @@ def compute(x, step, trace):
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
             x[C.TARGETS], count, length, scale, key, first, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
-        words = x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8
         doubles(words, M.SPHERE_WORDS)[M.P_LOSS] = loss
         integers(words, M.SPHERE_WORDS)[M.P_BUSY_NS] += C.now(x) - start
         integers(words, M.SPHERE_WORDS)[M.P_TOKENS] += count * length
         store(words + 8 * M.P_COMPLETE, step)
+    return True
 
 
 @kernel
@@ -114,9 +126,9 @@ def gather(x):
 
 @kernel
 def decide(x, step, index):
-    """After the gather, once: the step's record begun, clip and learning rate decided.
+    """After the gather, once: the step's record begun, clip and learning rate decided, the verdict laid down.
 
-    0: go on and update; 1: skip the update; 2: halt before the update (not finite, or Node Zero closed the gate).
+    The verdict stands before the gate moves: whoever finds the gate open for a step finds all that its update needs.
     """
     norm = _global_norm(x[C.NORMS], x[C.NUM_BLOCKS])
     loss = 0.0
@@ -138,13 +150,15 @@ def decide(x, step, index):
     record[M.R_CLIPPED] = norm * factor
     record[M.R_LR] = rate
     finite = np.isfinite(norm) and np.isfinite(loss)
-    integers(x[C.RING_AT] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)[M.R_SKIPPED] = 0 if finite else 1
+    numbers = integers(x[C.RING_AT] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
+    numbers[M.R_SKIPPED] = 0 if finite else 1
+    numbers[M.R_APPLIED] = t if finite else t - 1
+    d[D_VERDICT] = UPDATE if finite else SKIP
     if not finite and not x[C.SKIP_NONFINITE]:
+        d[D_VERDICT] = END
         store(C.word(x, M.HALT), M.HALT_NONFINITE)
-        return 2
-    if exchange_if(C.word(x, M.GATE), step - 1, step) != step - 1:
-        return 2
-    return 0 if finite else 1
+    elif exchange_if(C.word(x, M.GATE), step - 1, step) != step - 1:
+        d[D_VERDICT] = END
 
 
 @kernel
@@ -170,7 +184,7 @@ def update(x, step):
 
 
 @kernel
-def finish(x, step, index, skipped):
+def finish(x, step, index):
     """After the update, once: the step is whole, its record is written."""
     at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
     record = integers(at, M.RECORD_WORDS)
@@ -178,8 +192,7 @@ def finish(x, step, index, skipped):
     record[M.R_START_NS] = load(C.word(x, M.STEP_START))
     record[M.R_END_NS] = now
     record[M.R_REAL_NS] = clock_ns(0, C.mine(x, M.W_CLOCK))
-    if not skipped:
-        add(C.word(x, M.APPLIED), 1)
+    store(C.word(x, M.APPLIED), record[M.R_APPLIED])
     store(at + 8 * M.R_STEP, step)
     store(C.word(x, M.STEP_START), now)
     store(C.word(x, M.DONE), step)
@@ -189,12 +202,12 @@ def finish(x, step, index, skipped):
 
 @kernel
 def evaluate(x, first, last):
-    """This worker's share of the pinned windows first .. last - 1: the loss of each, stored at its index."""
+    """This worker's share of the pinned windows first .. last - 1, each loss stored at its index; False: aborted."""
     starts, lengths = integers(x[C.WINDOW_STARTS], last), integers(x[C.WINDOW_LENGTHS], last)
     losses = doubles(x[C.WINDOW_LOSSES], last)
     for i in range(first + x[C.WORKER], last, x[C.NUM_WORKERS]):
         if load(C.word(x, M.ABORT)) != 0:
-            return
+            return False
         read_window(
             x[C.VAL],
             x[C.ITEM_BYTES],
@@ -208,6 +221,7 @@ def evaluate(x, first, last):
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.ARENA], x[C.INPUTS], x[C.TARGETS], lengths[i],
             C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
+    return True
 
 
 @kernel

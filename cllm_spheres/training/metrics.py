@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,20 @@ class SphereSampler:
     def __init__(self, node_zero: NodeZero, interval_s: float = 1.0) -> None:
         self._node_zero = node_zero
         self._interval_s = interval_s
-        self._processes = {worker: psutil.Process(pid) for worker, pid in node_zero.pids.items()}
-        self._all = [*self._processes.values(), psutil.Process(node_zero.server_pid), psutil.Process()]
         self._time = time.monotonic()
-        self._cpu_s = self._cpu_seconds()
+        self._find_processes()
         self._before = node_zero.statistics()
+
+    def _find_processes(self) -> None:
+        self._pids = self._node_zero.pids
+        self._processes = {}
+        for worker, pid in self._pids.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._processes[worker] = psutil.Process(pid)
+        self._all = [*self._processes.values(), psutil.Process()]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._all.append(psutil.Process(self._node_zero.server_pid))
+        self._cpu_s = self._cpu_seconds()
 
     def _cpu_seconds(self) -> float:
         total = 0.0
@@ -123,6 +133,8 @@ class SphereSampler:
         passed = now - self._time
         if passed < self._interval_s:
             return None
+        if self._node_zero.pids != self._pids:  # some were replaced
+            self._find_processes()
         job, after, before = self._node_zero.job, self._node_zero.statistics(), self._before
         cpu_s = self._cpu_seconds()
         spent = after["workers"] - before["workers"]

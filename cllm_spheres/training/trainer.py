@@ -60,7 +60,7 @@ class Trainer:
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
-        self.node_zero = NodeZero(job, status, self._leave_early, server)
+        self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
         self.keeper = Keeper(self.store, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
         self._began = time.monotonic()
@@ -254,6 +254,10 @@ class Trainer:
                 "stopping", f"{self.wishes.name}: the step ends within {STEP_ENDS_WITHIN_S:.0f} s or is dropped,"
                 " then the run is saved. A second signal leaves at once.", self.step, signal=self.wishes.number,
             )  # fmt: skip
+
+    def _tell(self, event: str, message: str, **facts: object) -> None:
+        """Called with each loss of a worker and each recovery."""
+        self.metrics.event(event, message, self.step, **facts)
 
     def _leave_early(self) -> None:
         """Called while the spheres start: there is nothing to save yet."""

@@ -58,15 +58,19 @@ class Spheres:
         return self.memory.words(self.regions.control + word * M.LINE, 1)
 
     def compute(self):
+        """As if no sphere were complete."""
+        self.memory.sphere_words()[:, M.P_COMPLETE] = 0
         for x in self.contexts:
-            phases.compute(x, STEP, 0)
+            assert phases.compute(x, STEP, 0)
 
     def gather(self):
         for x in self.contexts:
             phases.gather(x)
 
     def decide(self):
-        return phases.decide(self.contexts[0], STEP, 0)
+        """The verdict."""
+        phases.decide(self.contexts[0], STEP, 0)
+        return self.memory.doubles(self.regions.decision, DECISION_WORDS)[phases.D_VERDICT]
 
     def update(self):
         for x in self.contexts:

@@ -1,0 +1,186 @@
+"""The server and the workers it forks, as Node Zero sees them: who lives, and how the others ended.
+
+A thread listens to the server. A worker counts as ended only when the kernel says so, through a descriptor of its
+process: whoever takes over its work then has it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cllm_spheres.errors import RunFailed
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.memory import SharedMemory
+from cllm_spheres.spheres.server import PACKET_BYTES
+from cllm_spheres.spheres.serving import Server, start_server
+
+TOLD_WITHIN_S = 1.0  # of an end: by the server, which has nothing else to do
+ENDS_WITHIN_S = 10.0  # after SIGKILL; a process that takes longer is held by the kernel, such as by a dead disk
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's end; status as os.waitpid gives it."""
+
+    worker: int
+    pid: int
+    status: int
+
+
+class Crew:
+    """The processes of a run. `pids` are the living workers."""
+
+    def __init__(
+        self, job: Job, memory: SharedMemory, ring: Callable[[], None], status: Callable[[str], None],
+        server: Server | None = None,
+    ) -> None:  # fmt: skip
+        """ring: wakes Node Zero; status: told what a person may want to know; server: one that was started already."""
+        self.job, self.memory, self._ring, self._status = job, memory, ring, status
+        self.server = server or start_server()
+        self.pids: dict[int, int] = {}
+        self.warm = threading.Event()
+        self._handles: dict[int, int] = {}  # worker -> pidfd
+        self._asked: set[int] = set()  # workers that the server has been asked for and has not started yet
+        self._ended: deque[Ended] = deque()
+        self._lock = threading.Lock()
+        self._attach()
+
+    def _attach(self) -> None:
+        self.warm.clear()
+        self.server_gone = False
+        threading.Thread(target=self._listen, args=(self.server,), daemon=True).start()
+
+    def _listen(self, server: Server) -> None:
+        with contextlib.suppress(OSError):  # `kill` closed the connection
+            while data := server.connection.recv(PACKET_BYTES):
+                self._hear(json.loads(data))
+                self._ring()
+        with self._lock:
+            for worker in list(self.pids):  # they end with their server, and nobody tells how
+                self._take_out(worker, signal.SIGKILL)
+            self._asked.clear()
+        self.server_gone = True
+        self._ring()
+
+    def _hear(self, message: dict[str, object]) -> None:
+        with self._lock:
+            if "status" in message and isinstance(message["status"], str):
+                self._status(message["status"])
+            elif "warm" in message:
+                self.warm.set()
+            elif "started" in message:
+                worker, pid = int(str(message["started"])), int(str(message["pid"]))
+                self.pids[worker] = pid
+                self._asked.discard(worker)
+                with contextlib.suppress(ProcessLookupError):  # it has ended already: that is told next
+                    self._handles[worker] = os.pidfd_open(pid)
+            elif "ended" in message:
+                self._take_out(int(str(message["ended"])), int(str(message["status"])))
+
+    def _take_out(self, worker: int, status: int) -> None:
+        handle = self._handles.pop(worker, None)
+        if handle is not None:
+            select.select([handle], [], [], ENDS_WITHIN_S)
+            os.close(handle)
+        self._ended.append(Ended(worker, self.pids.pop(worker), status))
+
+    def spawn(self, workers: list[int]) -> None:
+        """Have workers forked, by a new server where the last one has ended; `ready` tells when they are."""
+        if self.server_gone:
+            self.server.process.wait()
+            self.server.connection.close()
+            self.server = start_server()
+            self._attach()
+        self.memory.worker_words()[workers, M.W_READY] = 0
+        with self._lock:
+            self._asked |= set(workers)
+        request = {"spawn": workers, "job": self.job.to_dict()}
+        with contextlib.suppress(OSError):  # it has just ended: `server_gone` says so
+            socket.send_fds(self.server.connection, [json.dumps(request).encode()], [self.memory.descriptor])
+
+    def missing(self) -> list[int]:
+        """Workers that neither live nor have been asked for."""
+        with self._lock:
+            return [
+                worker for worker in range(self.job.workers) if worker not in self.pids and worker not in self._asked
+            ]
+
+    def ready(self) -> bool:
+        """Whether every worker is known and waits for commands."""
+        return len(self.pids) == self.job.workers and bool(self.memory.worker_words()[:, M.W_READY].all())
+
+    def take_ended(self) -> list[Ended]:
+        """Those who have ended since the last call."""
+        with self._lock:
+            return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody has ended whom nobody asked to."""
+        return bool(self._ended) or self.server_gone
+
+    def kill_worker(self, worker: int) -> None:
+        """SIGKILL, and its end confirmed: it is among those who have ended. RunFailed where the kernel holds it.
+
+        A server that does not tell of the end hangs too, and is ended, with all its workers.
+        """
+        with self._lock:
+            handle, pid = self._handles.get(worker), self.pids.get(worker)
+            if handle is None:
+                return
+            handle = os.dup(handle)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        ended = select.select([handle], [], [], ENDS_WITHIN_S)[0]
+        os.close(handle)
+        if not ended:
+            raise RunFailed(
+                f"Worker {worker} (pid {pid}) hangs in the kernel and cannot be ended, not even by SIGKILL."
+            )
+
+        deadline = time.monotonic() + TOLD_WITHIN_S
+        while not self.lost:
+            if time.monotonic() > deadline:
+                self.server.process.kill()
+            time.sleep(0.002)
+
+    def wait_for_ends(self, seconds: float, wait: Callable[[], None]) -> bool:
+        """Wait until no worker lives; False after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self.pids and not self.server_gone and time.monotonic() < deadline:
+            wait()
+        return not self.pids
+
+    def kill(self) -> None:
+        """SIGKILL for all workers, confirmed by their parent, then the server's end."""
+        process, connection = self.server.process, self.server.connection
+        if not self.pids:
+            process.kill()  # it is still compiling and hears nothing
+        with contextlib.suppress(OSError):
+            connection.send(json.dumps({"kill": True}).encode())
+        self.wait_for_ends(ENDS_WITHIN_S, lambda: time.sleep(0.002))
+        with contextlib.suppress(OSError):  # the server may have closed it already
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def server_end(self) -> str:
+        """How the server ended, in words."""
+        code = self.server.process.wait(timeout=5)
+        return f"ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,245 @@
+"""Whoever dies at whatever moment: the command ends, and its bits are those of an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from cllm_spheres.errors import SphereLost
+from cllm_spheres.model.layout import Shape
+from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres import node_zero as module
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.node_zero import NodeZero
+from tests.runs import WAIT_S, Family, corpus, finished, read, start, train_whole, wait_for_step  # noqa: F401
+
+SMALL = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
+WIDE = Shape(vocab_size=257, block_size=64, layers=4, heads=4, width=256, ff_width=1024)  # steps that take a while
+SPHERES, WINDOWS = 7, 40
+
+
+class Run:
+    """Node Zero in this process, with a log of what it tells."""
+
+    def __init__(self, corpus, workers, shape=SMALL, **options):  # noqa: F811
+        options = {"batch_size": 9, "spheres": SPHERES, "seed": 3, **options}
+        job = Job(
+            shape=shape, workers=workers, train=str(corpus / "train.bin"), val=str(corpus / "val.bin"), item_bytes=2,
+            train_tokens=4000, val_tokens=400, num_windows=WINDOWS, **options,
+        )  # fmt: skip
+        self.told = []
+        self.node = NodeZero(job, tell=lambda event, message, **facts: self.told.append((event, message)))
+        self.node.start()
+        memory = self.node.memory
+        memory.doubles(memory.regions.rates, M.RING)[:] = 1e-3
+        memory.words(memory.regions.window_starts, WINDOWS)[:] = np.arange(WINDOWS)
+        memory.words(memory.regions.window_lengths, WINDOWS)[:] = shape.block_size
+
+    def begin(self, steps):
+        self.node.do(M.INITIALISE)
+        self.node.set_position(0, 0)
+        self.steps = steps
+        self.node.give(M.STEPS, 1, steps + 1)
+
+    def disturbed(self, disturb, pause=0.0):
+        """Until the command ends; `disturb` is called whenever everybody lives."""
+        deadline = time.monotonic() + WAIT_S
+        while not self.node.finished():
+            time.sleep(pause)
+            if not self.node.crew.lost and not self.node.finished():
+                disturb()
+            self.node.wait_for_bell()
+            self.node.check()
+            assert time.monotonic() < deadline
+
+    def result(self):
+        """Weights, moments, and of every step what must not depend on who computed it."""
+        memory = self.node.memory
+        records = memory.ring_doubles()[: self.steps, [M.R_LOSS, M.R_NORM, M.R_CLIPPED, M.R_LR]]
+        words = memory.ring_words()[: self.steps, [M.R_STEP, M.R_SKIPPED]]
+        assert (self.node.done, self.node.applied) == (self.steps, self.steps)
+        return [a.tobytes() for a in (memory.params, memory.moments, memory.squares, records, words)]
+
+    def kill(self, *workers, number=signal.SIGKILL):
+        for worker in workers:
+            with contextlib.suppress(KeyError, ProcessLookupError):  # the last death has just been told
+                os.kill(self.node.pids[worker], number)
+
+    def events(self, name):
+        return [message for event, message in self.told if event == name]
+
+
+@pytest.fixture
+def run(corpus):  # noqa: F811
+    """run(workers): a Run; all of them are ended."""
+    made = []
+
+    def make(workers, **options):
+        made.append(Run(corpus, workers, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.node.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus):  # noqa: F811
+    """undisturbed(steps, **options): the result of one worker, to which nothing happens."""
+    found = {}
+
+    def result(steps, **options):
+        key = (steps, *sorted(options.items()))
+        if key not in found:
+            one = Run(corpus, 1, **options)
+            one.begin(steps)
+            one.disturbed(lambda: None)
+            found[key] = one.result()
+            one.node.close()
+        return found[key]
+
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_workers_killed_at_random_moments_change_no_bit(run, undisturbed, workers, dtype):
+    if dtype == "bf16":
+        pytest.importorskip("cllm_spheres.model.dtypes").usable("bf16") == "bf16" or pytest.skip("no bfloat16 here")
+    steps, rng = 2000, random.Random(workers)
+    one = run(workers, dtype=dtype)
+    one.begin(steps)
+    last = -1
+
+    def disturb():
+        nonlocal last
+        if one.node.done > last:  # each in a step of its own: too many within one end the run
+            last = one.node.done
+            time.sleep(rng.random() * 0.02)
+            if not one.node.finished():
+                one.kill(rng.randrange(workers))
+
+    one.disturbed(disturb)
+    assert len(one.events("recovered")) >= 3
+    assert one.result() == undisturbed(steps, dtype=dtype)
+
+
+@pytest.mark.parametrize("killed", [[0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6]])
+def test_several_killed_at_once_change_no_bit(run, undisturbed, killed):
+    one = run(7)
+    one.begin(1000)
+    turns = iter(range(3))
+
+    def disturb():
+        if next(turns, None) is not None:
+            one.kill(*killed)
+
+    one.disturbed(disturb, pause=0.01)
+    assert one.events("recovered") and one.result() == undisturbed(1000)
+
+
+def test_a_death_during_the_recovery_is_recovered_too(run, undisturbed, monkeypatch):
+    one = run(3)
+    one.begin(1000)
+    spawn, again = one.node.crew.spawn, [2, 1]
+
+    def spawn_and_kill(workers):
+        if again:
+            one.kill(again.pop())
+        spawn(workers)
+
+    monkeypatch.setattr(one.node.crew, "spawn", spawn_and_kill)
+    one.kill(0)
+    one.disturbed(lambda: None)
+    assert not again and len(one.events("lost")) == 3
+    assert one.result() == undisturbed(1000)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_death_of_the_process_that_starts_the_workers_changes_no_bit(run, undisturbed, workers):
+    one = run(workers)
+    one.begin(1000)
+    before = one.node.pids
+    os.kill(one.node.server_pid, signal.SIGKILL)
+    one.disturbed(lambda: None)
+    assert set(one.node.pids.values()).isdisjoint(before.values())
+    assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in before.values())
+    assert one.result() == undisturbed(1000)
+
+
+@pytest.mark.parametrize("delay_us", [0, 150, 300])
+def test_a_stopped_worker_is_ended_and_replaced_and_waking_it_is_too_late(run, undisturbed, monkeypatch, delay_us):
+    monkeypatch.setattr(module, "LEAST_SILENCE_S", 0.5)
+    one = run(3)
+    one.begin(1000)
+    while one.node.done < 20:
+        one.node.wait_for_bell()
+    time.sleep(delay_us / 1e6)
+    stopped = one.node.pids[1]
+    one.kill(1, number=signal.SIGSTOP)
+    one.disturbed(lambda: None)
+    assert one.node.pids[1] != stopped and not os.path.exists(f"/proc/{stopped}/exe")
+    assert len(one.events("hung")) == len(one.events("recovered")) == 1
+    assert one.result() == undisturbed(1000)
+
+
+def test_a_worker_killed_during_an_evaluation_changes_no_loss(run):
+    one = run(3, shape=WIDE)
+    one.begin(2)
+    one.disturbed(lambda: None)
+    losses = one.node.memory.doubles(one.node.memory.regions.window_losses, WINDOWS)
+    one.node.do(M.EVALUATE, 0, WINDOWS)
+    expected = losses.copy()
+    losses[:] = np.nan
+    one.node.give(M.EVALUATE, 0, WINDOWS)
+    kills = iter(range(2))  # a third within one step would end the run
+    one.disturbed(lambda: next(kills, None) is not None and one.kill(1), pause=0.01)
+    assert one.events("recovered") and losses.tobytes() == expected.tobytes()
+
+
+def test_a_worker_killed_between_commands_is_replaced_before_the_next(run, undisturbed):
+    one = run(2)
+    one.node.do(M.INITIALISE)
+    one.kill(1)
+    while not one.node.crew.lost:
+        one.node.wait_for_bell()
+    one.node.check()
+    one.begin(1000)
+    one.disturbed(lambda: None)
+    assert one.result() == undisturbed(1000)
+
+
+def test_whoever_dies_again_and_again_within_a_step_ends_the_run(run):
+    one = run(2, shape=WIDE, batch_size=40)
+    one.begin(1000)
+    with pytest.raises(SphereLost, match="3 times within this step|ended 3 different workers"):
+        one.disturbed(lambda: one.kill(1))
+    assert one.events("recovered")
+
+
+def test_a_whole_run_survives_its_workers_and_tells_of_each_loss(corpus, tmp_path):  # noqa: F811
+    options = dict(
+        layers=1, heads=2, width=32, ff_width=64, block_size=8, batch_size=4, spheres=4, dtype="fp32", lr=1e-2,
+        steps=6000, eval_every=2000, save_every=3000, eval_tokens=200,
+    )  # fmt: skip
+    straight = train_whole(corpus, tmp_path / "straight", **options, workers=1)
+    launch = start(corpus, tmp_path / "disturbed", **options, workers=3)
+    family = Family.of(os.getpid(), 3)
+    wait_for_step(tmp_path / "disturbed", 200)
+    family.workers[1].send_signal(signal.SIGKILL)
+    wait_for_step(tmp_path / "disturbed", 1500)
+    family.server.send_signal(signal.SIGKILL)
+    outcome = finished(launch)
+    assert outcome.code == 0, outcome.message
+    assert outcome.bits == straight.bits
+    events = [r["event"] for r in outcome.of("event")]
+    assert events.count("recovered") == 2 and events.count("lost") >= 2
+    lost = next(r for r in outcome.of("event") if r["event"] == "lost")
+    assert (lost["worker"], lost["pid"]) == (1, family.workers[1].pid) and "signal 9 (SIGKILL)" in lost["message"]
+    assert [process for process in family.alive] == []
