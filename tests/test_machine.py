@@ -113,3 +113,28 @@ def test_other_machines_get_a_clear_word(monkeypatch, system, processor):
     monkeypatch.setattr(machine.platform, "machine", lambda: processor)
     with pytest.raises(InputError, match=f"Linux with x86-64 or aarch64; this is {system} on {processor}"):
         machine.check_platform()
+
+
+@pytest.mark.parametrize(
+    ("lines", "file", "content"),
+    [
+        ("0::/pod\n", "pod/memory.events", "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\n"),
+        ("9:memory:/pod\n", "memory/pod/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+    ],
+)
+def test_processes_that_the_kernel_ended_for_memory_are_those_of_the_own_group(groups, lines, file, content):
+    groups(lines, {file: content})
+    assert machine.memory_kills() == 2
+
+
+def test_without_a_group_those_of_the_machine_count(groups):
+    groups("0::/\n", {})
+    assert machine.memory_kills() == machine._statistic(Path("/proc/vmstat"), "oom_kill")
+
+
+def test_the_tightest_memory_limit_counts_and_none_is_none(groups):
+    files = {"pod/memory.max": "8000000000\n", "pod/container/memory.max": "max\n", "memory.max": "9000000000\n"}
+    groups("0::/pod/container\n", files)
+    assert machine.memory_limit() == 8 * GB
+    groups("9:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": "9223372036854771712\n", "memory.max": "max\n"})
+    assert machine.memory_limit() is None
