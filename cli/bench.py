@@ -127,3 +127,31 @@ def kernels(
     )  # fmt: skip
     with interruptible("The sizes measured until then are written."):
         raise typer.Exit(benchmark.run(options))
+
+
+@bench.command()
+def faults(
+    kills: Annotated[int, typer.Option(min=1, help="SIGKILLs, shared out among the numbers of workers.")] = 200,
+    workers: Annotated[str, typer.Option(help="Numbers of workers.")] = "1,2,7,16",
+    preset: Annotated[str, typer.Option(help="The model.")] = "small",
+    steps: Annotated[int, typer.Option(min=8, help="Steps of a run; there are as many runs as the kills need.")] = 1000,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Mean time until the next kill. Default: 0.05; with --minutes 3.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Disturb one run for so long, and see that it does not grow.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of who is killed, and when.")] = 1,
+    out: Out = None,
+) -> None:
+    """Kill processes of runs at random: the bits must be those of an undisturbed run. Prints how soon they recover."""
+    from cllm_spheres_bench import faults as benchmark
+    from cllm_spheres_bench.scaling import numbers
+    from cllm_spheres_cli.progress import interruptible
+
+    options = benchmark.Options(
+        kills=kills, minutes=minutes, every_s=seconds, workers=numbers(workers), preset=preset, steps=steps, seed=seed,
+        out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("Nothing was written."):
+        raise typer.Exit(benchmark.run(options))

@@ -229,7 +229,7 @@ class Family:
     @property
     def alive(self) -> list[psutil.Process]:
         """Who lives; a process that has ended and was not yet waited for by its parent does not."""
-        return [process for process in (self.node_zero, self.server, *self.workers) if _lives(process)]
+        return [process for process in (self.node_zero, self.server, *self.workers) if lives(process)]
 
     def end(self) -> None:
         """For the end of a test that failed."""
@@ -237,7 +237,7 @@ class Family:
             process.send_signal(signal.SIGKILL)
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

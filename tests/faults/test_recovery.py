@@ -18,7 +18,7 @@ from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import node_zero as module
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
-from tests.runs import WAIT_S, Family, corpus, finished, read, start, train_whole, wait_for_step  # noqa: F401
+from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step
 
 SMALL = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 WIDE = Shape(vocab_size=257, block_size=64, layers=4, heads=4, width=256, ff_width=1024)  # steps that take a while
@@ -28,7 +28,7 @@ SPHERES, WINDOWS = 7, 40
 class Run:
     """Node Zero in this process, with a log of what it tells."""
 
-    def __init__(self, corpus, workers, shape=SMALL, **options):  # noqa: F811
+    def __init__(self, corpus, workers, shape=SMALL, **options):
         options = {"batch_size": 9, "spheres": SPHERES, "seed": 3, **options}
         job = Job(
             shape=shape, workers=workers, train=str(corpus / "train.bin"), val=str(corpus / "val.bin"), item_bytes=2,
@@ -77,7 +77,7 @@ class Run:
 
 
 @pytest.fixture
-def run(corpus):  # noqa: F811
+def run(corpus):
     """run(workers): a Run; all of them are ended."""
     made = []
 
@@ -91,7 +91,7 @@ def run(corpus):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus):  # noqa: F811
+def undisturbed(corpus):
     """undisturbed(steps, **options): the result of one worker, to which nothing happens."""
     found = {}
 
@@ -318,7 +318,7 @@ def test_a_fault_that_has_not_fired_is_known(run):
     assert one.node.faults_left == ["update:200:3:kill"]
 
 
-def test_a_whole_run_survives_its_workers_and_tells_of_each_loss(corpus, tmp_path):  # noqa: F811
+def test_a_whole_run_survives_its_workers_and_tells_of_each_loss(corpus, tmp_path):
     options = dict(
         layers=1, heads=2, width=32, ff_width=64, block_size=8, batch_size=4, spheres=4, dtype="fp32", lr=1e-2,
         steps=6000, eval_every=2000, save_every=3000, eval_tokens=200,
