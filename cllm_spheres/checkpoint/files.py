@@ -52,6 +52,7 @@ class NewFolder:
         self.disk = disk
         self.path = temporary(parent)
         self.files: dict[str, dict[str, Any]] = {}
+        self._exchanged = False  # `path` holds what had the target's name before
         try:
             disk.create_folder(self.path)
         except BaseException:
@@ -84,33 +85,43 @@ class NewFolder:
             self.disk.sync_folder(target.parent)
         else:
             old = self._exchange(target)
-            self.disk.sync_folder(target.parent)
-            with contextlib.suppress(OSError):  # the new one is safe; the next save tries again
-                remove_tree(old, self.disk)
-            release(old)
+            try:
+                self.disk.sync_folder(target.parent)
+                with contextlib.suppress(OSError):  # the new one is safe; the next save tries again
+                    remove_tree(old, self.disk)
+            finally:
+                release(old)
         release(self.path)
 
     def _exchange(self, target: Path) -> Path:
         try:
             self.disk.exchange(self.path, target)
+            self._exchanged = True
             return self.path
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-        # Some network file systems cannot swap: between these two lines the step does not exist.
+        # Some network file systems cannot swap: between these two renames the step does not exist. Whoever
+        # dies there leaves it whole under a temporary name, and Store.tidy gives it its own back.
         old = temporary(target.parent)
-        self.disk.rename(target, old)
         try:
-            self.disk.rename(self.path, target)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.disk.rename(old, target)
+            self.disk.rename(target, old)
+            try:
+                self.disk.rename(self.path, target)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.disk.rename(old, target)
+                raise
+        except BaseException:
+            release(old)
             raise
         return old
 
     def discard(self) -> None:
         """Remove what was made so far; what cannot be removed is left to `tidy`."""
         with contextlib.suppress(OSError):
+            if self._exchanged:  # not synced yet: after a power cut it could have its name again
+                self.disk.sync_folder(self.path.parent)
             remove_tree(self.path, self.disk)
         release(self.path)
 
@@ -126,6 +137,17 @@ def remove_whole(path: Path, disk: Disk) -> None:
         release(aside)
 
 
+def sync_whole(path: Path, disk: Disk) -> None:
+    """A folder that somebody else wrote, and its files: synced, because its writer may have died before that."""
+    for entry in sorted(path.iterdir()):
+        descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            disk.sync(descriptor, entry)
+        finally:
+            os.close(descriptor)
+    disk.sync_folder(path)
+
+
 def temporary(parent: Path) -> Path:
     """A free name that says whose it is; `release` ends its use."""
     name = f".tmp-{os.getpid()}-{_start_of(os.getpid()) or 0}-{next(_numbers)}"
@@ -137,16 +159,16 @@ def release(path: Path) -> None:
     _in_use.discard(path.name)
 
 
-def tidy(parent: Path, disk: Disk) -> None:
-    """Remove the temporary entries of dead processes, as far as possible; never those of a living one."""
+def leftovers(parent: Path) -> list[Path]:
+    """The temporary entries of dead processes, and those that this one has given up; never those in use."""
+    found = []
     for entry in sorted(parent.iterdir()):
         match = TEMPORARY.fullmatch(entry.name)
-        if match is None or entry.name in _in_use:
-            continue
-        pid, start = int(match[1]), int(match[2])
-        if pid == os.getpid() or not _alive(pid, start):
-            with contextlib.suppress(OSError):
-                remove_tree(entry, disk)
+        if match is not None and entry.name not in _in_use:
+            pid, start = int(match[1]), int(match[2])
+            if pid == os.getpid() or not _alive(pid, start):
+                found.append(entry)
+    return found
 
 
 def _alive(pid: int, start: int) -> bool:

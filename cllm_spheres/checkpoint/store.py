@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000100/  model.safetensors optimizer.safetensors state.json tokenizer.json
                                     config.json manifest.json
     RUN/checkpoints/best            a link to the one with the lowest validation loss
-    RUN/checkpoints/.tmp-...        in the making, or left by a dead process: the next save removes it
+    RUN/checkpoints/.tmp-...        in the making, or left by a dead process: the next save tidies it
 
 One process at a time changes a run's checkpoints (lock.py); any number may read them.
 """
@@ -30,15 +30,16 @@ from cllm_spheres.checkpoint.checkpoint import (
     Checkpoint,
     looks_whole,
 )
-from cllm_spheres.checkpoint.disk import Disk
+from cllm_spheres.checkpoint.disk import Disk, remove_tree
 from cllm_spheres.checkpoint.files import (
     Damaged,
     NewFolder,
+    leftovers,
     read_manifest,
     release,
     remove_whole,
+    sync_whole,
     temporary,
-    tidy,
 )
 from cllm_spheres.errors import InputError, RunFailed, nearest
 
@@ -96,8 +97,9 @@ class Store:
         try:
             if not self.folder.is_dir():
                 self.disk.create_folder(self.folder)
+            if not self.steps():  # whoever created it may have died before this
                 self.disk.sync_folder(self.run)
-            tidy(self.folder, self.disk)
+            self.tidy()
             new = NewFolder(self.folder, self.disk)
             for name, file in files.items():
                 new.write(name, file.chunks())
@@ -114,9 +116,26 @@ class Store:
         return target
 
     def tidy(self) -> None:
-        """Remove what dead processes left half-made or half-removed, where possible; `save` does so too."""
-        if self.folder.is_dir():
-            tidy(self.folder, self.disk)
+        """Remove what dead processes left half-made or half-removed, where possible; `save` does so too.
+
+        A whole checkpoint that is newer than all others gets its name instead: whoever was about to rename it,
+        or had set it aside to replace it, died between two renames.
+        """
+        for entry in leftovers(self.folder) if self.folder.is_dir() else []:
+            with contextlib.suppress(OSError):
+                if not entry.is_symlink() and looks_whole(entry):
+                    self._restore(entry)
+                    self.disk.sync_folder(self.folder)  # a power cut must not give its name back to what goes now
+                if entry.is_symlink() or entry.exists():
+                    remove_tree(entry, self.disk)
+
+    def _restore(self, entry: Path) -> None:
+        with contextlib.suppress(Damaged):
+            step = read_manifest(entry)["step"]
+            if step > max(self.steps(), default=-1):
+                Checkpoint(entry)  # its contents too
+                sync_whole(entry, self.disk)
+                self.disk.rename(entry, self.path(step))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending, verified or not."""

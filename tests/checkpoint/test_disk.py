@@ -11,6 +11,7 @@ import pytest
 
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.store import SaveFailed, Store
+from tests.faults.amounts import amount
 
 
 def work(store, save):
@@ -23,6 +24,23 @@ def work(store, save):
     store.prune(1)
 
 
+def cannot_exchange(disk, exchanges):
+    """The disk, or one that must rename twice."""
+    if not exchanges:
+
+        def exchange(one, other):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        disk.exchange = exchange
+    return disk
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "two-renames"])
+def exchanges(request):
+    """Whether the file system can swap two names."""
+    return request.param
+
+
 @pytest.fixture
 def before(run, save):
     """A run with step 1 as its best."""
@@ -32,9 +50,9 @@ def before(run, save):
 
 
 @pytest.fixture
-def operations(before, save, recorder, tmp_path):
+def operations(before, save, recorder, tmp_path, exchanges):
     """What `work` does, in order, as (name, *paths)."""
-    disk = recorder()
+    disk = cannot_exchange(recorder(), exchanges)
     work(Store(copy_of(before, tmp_path / "recorded"), disk), save)
     return disk.operations
 
@@ -59,31 +77,47 @@ def assert_whole(store, assert_same):
     return good.step
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+class Failing(Disk):
+    """Operation number `place` fails with `number`, a write in its middle; later ones too if that `lasts`."""
+
+    def __init__(self, place, number, lasts):
+        self.left, self.number, self.lasts = place, number, lasts
+        super().__init__(self.count)
+
+    def count(self, operation, *paths):
+        self.left -= 1
+        if self.left == -1 or (self.left < -1 and self.lasts):
+            raise OSError(self.number, os.strerror(self.number))
+
+    def write(self, descriptor, path, data):
+        if self.left == 0:
+            os.write(descriptor, data[: len(data) // 2])
+        super().write(descriptor, path, data)
+
+
+@pytest.mark.parametrize(
+    "number, lasts",
+    [(errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, False), (errno.EROFS, True)],
+    ids=["full", "stays-full", "error", "read-only"],
+)
 def test_a_failure_at_any_operation_harms_nothing_older(
-    before, save, operations, assert_same, leftovers, tmp_path, number
+    before, save, operations, assert_same, leftovers, tmp_path, number, lasts, exchanges
 ):
     last_save = max(place for place, (name, *paths) in enumerate(operations) if paths[-1].name == "step-00000003")
-    for place in range(0, len(operations), 1 if number == errno.ENOSPC else 4):
-        count = 0
-
-        def fail(operation, *paths, place=place):
-            nonlocal count
-            count += 1
-            if count > place and (number == errno.EROFS or count == place + 1):  # read-only stays so
-                raise OSError(number, os.strerror(number))
-
+    for place in range(number % 5, len(operations), amount(5, 1)):
         run = copy_of(before, tmp_path / f"{number}-{place}")
-        store = Store(run, Disk(fail))
+        store = Store(run, cannot_exchange(Failing(place, number, lasts), exchanges))
         try:
             work(store, save)
         except SaveFailed as error:
             assert error.reason == os.strerror(number)
             assert error.reason in str(error) and "Older checkpoints are intact" in str(error)
             assert error.free_bytes is not None and error.exit_code == 1
+        if not exchanges:
+            Store(run).tidy()  # as training does before it looks for the newest
         newest = assert_whole(Store(run), assert_same)
         assert newest >= published(operations[:place])
-        if number == errno.ENOSPC and place <= last_save and not operations[place][0].startswith("remove"):
+        if not lasts and place <= last_save and not operations[place][0].startswith("remove"):
             assert leftovers(run) == []
         save(Store(run), 4)  # the disk is well again
         assert assert_whole(Store(run), assert_same) == 4
@@ -92,40 +126,70 @@ def test_a_failure_at_any_operation_harms_nothing_older(
 
 
 class Killing(Disk):
-    """Ends the process before operation number `last`, or in the middle of it where it is a write."""
+    """Ends the process at operation number `place`: before it, or in the middle of it where it is a write."""
 
-    def __init__(self, last):
-        self.left = last
+    def __init__(self, place, midway):
+        self.left, self.midway = place, midway
         super().__init__(self.count)
 
     def count(self, operation, *paths):
         self.left -= 1
-        if self.left < 0 and operation != "write":
+        if self.left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, descriptor, path, data):
-        if self.left == 0:
+        if self.left == 0 and self.midway:
             os.write(descriptor, data[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
         super().write(descriptor, path, data)
 
 
-def test_a_kill_at_any_operation_leaves_a_good_checkpoint(before, save, operations, assert_same, leftovers, tmp_path):
-    for place in range(len(operations)):
+def killed(work, *arguments):
+    """`work` in a child that must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work(*arguments)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("midway", [False, True], ids=["before", "midway"])
+def test_a_kill_at_any_operation_leaves_a_good_checkpoint(
+    before, save, operations, assert_same, leftovers, tmp_path, midway, exchanges
+):
+    places = [p for p, (name, *_) in enumerate(operations) if not midway or name == "write"]
+    for place in places[:: 1 if midway else amount(3, 1)]:
         run = copy_of(before, tmp_path / str(place))
-        child = os.fork()
-        if child == 0:
-            try:
-                work(Store(run, Killing(place)), save)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed(work, Store(run, cannot_exchange(Killing(place, midway), exchanges)), save)
+        if not exchanges:
+            Store(run).tidy()  # as training does before it looks for the newest
         newest = assert_whole(Store(run), assert_same)
         assert newest >= published(operations[:place])
         save(Store(run), 4)
         assert leftovers(run) == []
         assert assert_whole(Store(run), assert_same) == 4
         shutil.rmtree(run)
+
+
+def test_a_kill_at_any_operation_of_the_first_save_leaves_none_or_a_whole_one(
+    tmp_path, save, recorder, assert_same, leftovers
+):
+    (tmp_path / "recorded").mkdir()
+    disk = recorder()
+    save(Store(tmp_path / "recorded", disk), 1)
+    whole_at = max(place for place, (name, *_) in enumerate(disk.operations) if name == "write") + 1
+    for place in range(len(disk.operations)):
+        run = tmp_path / str(place)
+        run.mkdir()
+        killed(save, Store(run, Killing(place, midway=True)), 1)
+        for step in Store(run).steps():
+            assert_same(Store(run).load(step))
+        Store(run).tidy()
+        assert len(Store(run).steps()) == (place >= whole_at)  # also where only its name was missing
+        save(Store(run), 1)
+        assert_same(Store(run).load(1))
+        assert Store(run).steps() == [1] and leftovers(run) == []
 
 
 def test_each_rename_comes_after_the_syncs_it_relies_on(operations):

@@ -42,6 +42,14 @@ def test_a_killed_holder_leaves_no_lock(run):
     lock(run).release()
 
 
+@pytest.mark.parametrize("pid", [4194305, 1, None])
+def test_a_lock_file_that_nobody_holds_does_not_block_whatever_it_says(run, pid):
+    (run / "lock").write_text("nonsense" if pid is None else f"{pid}\n")  # a dead process, a living one, neither
+    with lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+        lock(run)
+    lock(run).release()
+
+
 @pytest.mark.parametrize("closes", [True, False])
 def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
     held = lock(run)

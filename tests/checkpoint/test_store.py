@@ -239,6 +239,21 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(store
     assert sorted(leftovers(store.run)) == sorted(living)
 
 
+@pytest.mark.parametrize(
+    "step, damaged, then", [(3, False, [2, 3]), (1, False, [2]), (3, True, [2])], ids=["newer", "older", "damaged"]
+)
+def test_a_whole_checkpoint_newer_than_all_others_gets_its_name_back(
+    store, save, leftovers, assert_same, step, damaged, then
+):
+    save(store, 2)
+    path = save(store, step).rename(store.folder / ".tmp-4194305-5-0")  # its process died between two renames
+    if damaged:
+        (path / "state.json").write_bytes((path / "state.json").read_bytes().replace(b"3", b"4"))
+    store.tidy()
+    assert store.steps() == then and leftovers(store.run) == []
+    assert_same(store.newest_good()[0])
+
+
 def test_the_optimizer_is_read_only_when_asked_for(store, save, assert_same):
     path = save(store, 1) / "optimizer.safetensors"
     assert_same(store.load(optimizer=False))
