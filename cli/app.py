@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from cllm_spheres_cli.bench import bench
 from cllm_spheres_cli.data import data
+from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.train import train
@@ -42,7 +43,7 @@ def _options(
     """Train a small GPT on your own text, on every core of a CPU server, and let it write."""
 
 
-for command in (train, watch, generate, prepare, data):
+for command in (train, watch, generate, prepare, data, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -23,6 +23,7 @@ from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.events import read
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, shape_of
+from cllm_spheres.training.start import check_start
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
@@ -39,6 +40,7 @@ class Plan:
     resume: bool = False
     profile: bool = False  # trace a step
     exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
+    notes: tuple[str, ...] = ()  # sentences on what will make the run slow here, for its events
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -163,9 +165,11 @@ def plan_resume(
     if config.warmup is not None and config.warmup >= horizon:
         update["warmup"] = horizon // 10
     config = build(config.model_dump() | update)
+    notes: tuple[str, ...] = ()
     if not finished:
         check_memory(config, prepared, resume=True)
-    return Plan(run, config, prepared, stop_at, resume=True), finished
+        notes = check_start(config, prepared, run)
+    return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
 
 
 def _evaluated(run: Path, step: int) -> bool:
