@@ -102,8 +102,8 @@ def look_at_run_folder(run: Path, job: Job) -> Answer:
     free = limits.free_bytes(folder)
     found = f"{run} (in {folder}): a checkpoint takes {size(needed)}, {size(free)} are free"
     try:
-        _write_something(folder)
         notes = start.check_disk(run, needed)
+        _write_something(folder)
     except InputError as error:
         return "bad", found, str(error)
     except OSError as error:

@@ -73,6 +73,9 @@ def look_at_model(dtype: str) -> Answer:
     expected_loss = loss(SHAPE, exact, ids[0], ids[1])
     off_loss = abs(found_loss - expected_loss) / expected_loss
     gradients = layout.views(segment_P)
+    for name, gradient in gradients.items():
+        if not np.isfinite(gradient).all():
+            return "bad", f"the gradient of {name} is not finite", WRONG
     largest = max(float(np.linalg.norm(gradient)) for gradient in gradients.values())
     worst, where = 0.0, ""
     for name, gradient in gradients.items():
@@ -86,7 +89,7 @@ def look_at_model(dtype: str) -> Answer:
         # What a gradient of this length has along a random direction; rounding leaves some where it is zero.
         scale = max(float(np.linalg.norm(gradient)), 1e-2 * largest) / math.sqrt(gradient.size)
         off = abs(actual - expected) / scale
-        if not off <= worst:  # a NaN is the worst
+        if off > worst:
             worst, where = off, name
     found = f"loss off by {off_loss:.1e}, gradient by at most {worst:.1e} ({where})"
     within = off_loss <= LOSS_WITHIN[dtype] and worst <= GRADIENT_WITHIN[dtype]
