@@ -28,8 +28,8 @@ from cllm_spheres.units import size
 FILES = 40
 # Processes and threads besides the workers: Node Zero's 4, the server, one that compiles beside it, the command's 4.
 TASKS = 12
-# Address space besides shared memory and arena: Node Zero's peak was 0.74 GB.
-ADDRESS_BYTES = 800_000_000
+# Address space besides shared memory and arena: the peak of Node Zero, which maps most.
+ADDRESS_BYTES = 740_000_000
 SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most
 
 

@@ -85,7 +85,7 @@ def test_too_few_processes_are_refused_with_the_limit_and_what_would_fit(machine
 def test_too_little_address_space_is_refused(machine):
     machine(workers=2, memory=500_000_000)
     with pytest.raises(
-        InputError, match=r"each process of this run maps 8\d\d MB, and 500 MB are allowed \(ulimit -v\)"
+        InputError, match=r"each process of this run maps 7\d\d MB, and 500 MB are allowed \(ulimit -v\)"
     ):
         machine.check()
 
