@@ -21,7 +21,7 @@ from cllm_spheres.kernels.cross_entropy import head_loss_backward
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward
-from cllm_spheres.kernels.sizes import attention_floats, product_floats
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS, attention_floats, product_floats
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.gpt import compute_shard
@@ -108,7 +108,7 @@ def whole_s(shape: Shape, sequences: int, repeats: int) -> float:
         new_arena(card.arena_floats),
     )
     ids = np.zeros((2, sequences, shape.block_size), np.int32)
-    progress = np.zeros(1, np.int64)
+    progress = np.zeros(PROGRESS_WORDS, np.int64)
     return median_s(
         lambda: compute_shard.call(
             card.array.ctypes.data, params.ctypes.data, 0, segment.ctypes.data, arena.ctypes.data, ids[0].ctypes.data,

@@ -41,6 +41,7 @@ EVENTS = (
     "turned_up",  # validation loss has risen: best_step, best_loss
     "hung",  # worker: it did nothing for too long and is ended
     "lost",  # worker, pid; of the process that starts the workers neither
+    "fewer",  # workers: how many are left, where one place lost too many
     "recovered",  # workers, seconds
     "stopping",  # signal
     "failed",  # error

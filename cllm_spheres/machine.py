@@ -15,6 +15,7 @@ import psutil
 from cllm_spheres.errors import InputError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 62  # version 1 writes nearly 2**63 where there is none
 
 
 def check_platform() -> None:
@@ -101,11 +102,11 @@ def available_memory() -> int:
         ):
             most, now = _number(folder / limit), _number(folder / used)
             if most is not None and now is not None:
-                available.append(most - now + _statistic(folder / "memory.stat", reclaimable))
+                available.append(most - now + (_statistic(folder / "memory.stat", reclaimable) or 0))
     return max(0, min(available))
 
 
-def memory_limit() -> tuple[int, int] | None:
+def memory_group() -> tuple[int, int] | None:
     """(limit, used) in bytes of the cgroup that leaves the least memory; None where no cgroup limits it."""
     limits = []
     for folder in _cgroup_folders("memory"):
@@ -126,7 +127,7 @@ def task_limit() -> tuple[int, int] | None:
     return min(limits, key=lambda pair: pair[0] - pair[1], default=None)
 
 
-def _statistic(path: Path, name: str) -> int:
+def _statistic(path: Path, name: str) -> int | None:
     try:
         for line in path.read_text().splitlines():
             key, value = line.split()
@@ -134,4 +135,22 @@ def _statistic(path: Path, name: str) -> int:
                 return int(value)
     except (OSError, ValueError):
         pass
-    return 0
+    return None
+
+
+def memory_limit() -> int | None:
+    """Bytes that the tightest control group allows; None without one."""
+    limits = [_number(f / name) for f in _cgroup_folders("memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    return min((limit for limit in limits if limit is not None and limit < _NO_LIMIT), default=None)
+
+
+def memory_kills() -> int | None:
+    """How many processes the kernel has ended for want of memory: in our control group, else on the machine.
+
+    None where neither can be read.
+    """
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            if (kills := _statistic(folder / name, "oom_kill")) is not None:
+                return kills
+    return _statistic(Path("/proc/vmstat"), "oom_kill")

@@ -43,7 +43,7 @@ def test_without_limits_everything_is_there(groups):
     groups("0::/\n", {})
     assert machine.cpu_quota() is None
     assert machine.available_memory() == 64 * GB
-    assert machine.memory_limit() is None and machine.task_limit() is None
+    assert machine.memory_group() is None and machine.task_limit() is None
     assert machine.usable_cores() == list(range(1000, 1008))  # these have no topology: each counts as a core
 
 
@@ -68,7 +68,7 @@ def test_version_2_the_tightest_limit_on_the_way_up_counts(groups, folder):
     assert machine.cpu_quota() == 2.5
     assert machine.usable_cores() == [1000, 1001]
     assert machine.available_memory() == 6 * GB  # what the page cache holds can be had back
-    assert machine.memory_limit() == (8 * GB, 3 * GB)
+    assert machine.memory_group() == (8 * GB, 3 * GB)
     assert machine.task_limit() == (1000, 990)
 
 
@@ -94,7 +94,7 @@ def test_version_1_controllers_have_folders_of_their_own(groups):
     assert machine.cpu_quota() == 3.5
     assert machine.usable_cores() == [1000, 1001, 1002] and len(machine.allowed_cores()) == 8
     assert machine.available_memory() == 750_000_000
-    assert machine.memory_limit() == (4 * GB, 3_500_000_000)
+    assert machine.memory_group() == (4 * GB, 3_500_000_000)
     assert machine.task_limit() == (50, 20)
 
 
@@ -126,3 +126,28 @@ def test_other_machines_get_a_clear_word(monkeypatch, system, processor):
     monkeypatch.setattr(machine.platform, "machine", lambda: processor)
     with pytest.raises(InputError, match=f"Linux with x86-64 or aarch64; this is {system} on {processor}"):
         machine.check_platform()
+
+
+@pytest.mark.parametrize(
+    ("lines", "file", "content"),
+    [
+        ("0::/pod\n", "pod/memory.events", "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\n"),
+        ("9:memory:/pod\n", "memory/pod/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+    ],
+)
+def test_processes_that_the_kernel_ended_for_memory_are_those_of_the_own_group(groups, lines, file, content):
+    groups(lines, {file: content})
+    assert machine.memory_kills() == 2
+
+
+def test_without_a_group_those_of_the_machine_count(groups):
+    groups("0::/\n", {})
+    assert machine.memory_kills() == machine._statistic(Path("/proc/vmstat"), "oom_kill")
+
+
+def test_the_tightest_memory_limit_counts_and_none_is_none(groups):
+    files = {"pod/memory.max": "8000000000\n", "pod/container/memory.max": "max\n", "memory.max": "9000000000\n"}
+    groups("0::/pod/container\n", files)
+    assert machine.memory_limit() == 8 * GB
+    groups("9:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": "9223372036854771712\n", "memory.max": "max\n"})
+    assert machine.memory_limit() is None

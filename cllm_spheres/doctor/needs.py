@@ -43,7 +43,8 @@ def plan(options: dict[str, object]) -> tuple[Config, Job]:
 def look_at_run(config: Config, job: Job) -> Answer:
     """The run that the other findings speak of, and what would make it slow."""
     found = (
-        f"preset {config.preset}: {Layout(job.shape).num_parameters:,} parameters, {job.spheres} sphere{'s' * (job.spheres > 1)} on"
+        f"preset {config.preset}: {Layout(job.shape).num_parameters:,} parameters,"
+        f" {job.spheres} sphere{'s' * (job.spheres > 1)} on"
         f" {job.workers} worker{'s' * (job.workers > 1)}, batch {job.batch_size} x {job.shape.block_size} tokens,"
         f" {dtypes.describe(job.dtype)}"
     )

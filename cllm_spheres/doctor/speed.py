@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cllm_spheres.doctor.finding import Answer
-from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS
 from cllm_spheres.machine import available_memory
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import new_arena
@@ -41,7 +41,7 @@ def tokens_per_s(job: Job) -> float:
     arena, packed = new_arena(card.arena_floats), new_arena(-(-packed_bytes // 4))
     count, length = job.largest_shard, job.shape.block_size
     ids = rng.integers(0, job.shape.vocab_size, (2, count, length)).astype(np.int32)
-    progress = np.zeros(1, np.int64)
+    progress = np.zeros(PROGRESS_WORDS, np.int64)
 
     def pack() -> None:
         if entries.pack_unit:

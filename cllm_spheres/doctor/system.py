@@ -18,7 +18,7 @@ from cllm_spheres.machine import (
     available_memory,
     check_platform,
     cpu_quota,
-    memory_limit,
+    memory_group,
     usable_cores,
 )
 from cllm_spheres.units import size
@@ -50,7 +50,7 @@ def look_at_cores() -> Answer:
 
 def look_at_memory() -> Answer:
     """Memory of the machine and of the control group."""
-    total, available, limit = psutil.virtual_memory().total, available_memory(), memory_limit()
+    total, available, limit = psutil.virtual_memory().total, available_memory(), memory_group()
     group = "no cgroup limit" if limit is None else f"the cgroup uses {size(limit[1])} of {size(limit[0])}"
     found = f"{size(available)} available of {size(total)}, {group}"
     if available < LITTLE_MEMORY:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cllm_spheres.doctor.finding import Answer
-from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS, SLOT_FLOATS
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import Layout, Shape
@@ -105,7 +105,7 @@ def compute(
     entries = dtypes.entries(dtype)
     packed_bytes, units = dtypes.packed_sizes(layout, dtype)
     packed, arena = new_arena(-(-packed_bytes // 4)), new_arena(card.arena_floats)
-    segment_P, progress = np.zeros(layout.size, np.float32), np.zeros(1, np.int64)
+    segment_P, progress = np.zeros(layout.size, np.float32), np.zeros(PROGRESS_WORDS, np.int64)
     for buffer in (packed, arena, *layout.views(segment_P).values()):
         buffer[...] = np.nan
     if entries.pack_unit:

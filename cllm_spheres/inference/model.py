@@ -16,6 +16,7 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.inference.sampling import choose, validate
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -34,7 +35,7 @@ class Model:
         self._layout.fill(self._params_P, tensors)
         self._geometry = geometry(self._layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
         self._arena = new_arena(self._geometry.arena_floats)
-        self._progress = np.zeros(1, np.int64)
+        self._progress = np.zeros(PROGRESS_WORDS, np.int64)
 
     def __repr__(self) -> str:
         s = self.shape

@@ -9,6 +9,7 @@ QUERY_BLOCK = 64  # queries that attention looks at together
 KEPT_FROM = 3
 
 HEADER_WORDS = 4  # of a trace, before its marks
+PROGRESS_WORDS = 5  # of a shard's progress (progress.py)
 STRIP = 16  # floats that a packed row of up to 14 elements takes: a cache line
 TILE_ROWS, TILE_COLUMNS = 14, 32
 STRETCH = 320  # of k, packed at a time: a strip of B is 40 KB

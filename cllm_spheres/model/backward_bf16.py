@@ -26,6 +26,7 @@ from cllm_spheres.kernels.bf16.linear import (
 from cllm_spheres.kernels.bf16.tiles import TILE, padded
 from cllm_spheres.kernels.dropout import dropout_sequences
 from cllm_spheres.kernels.layernorm import layernorm_backward
+from cllm_spheres.kernels.progress import BACKWARD, advance
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry_bf16 as G
 from cllm_spheres.model.layout import (
@@ -200,7 +201,7 @@ def backward(g, params, packed, segment, arena, ids_N, length, key, first_sequen
             accumulate,
         )  # fmt: skip
         mark(trace, K.NORM_BACKWARD)
-        progress[0] += 1
+        advance(progress, BACKWARD)
     if threshold > 0:
         dropout_sequences(dx, t, combine(key, 0), first_sequence, threshold, keep_scale)
     _embed_backward(

@@ -17,6 +17,8 @@ from cllm_spheres.kernels.bf16.linear import TO_GELU, TO_RESIDUAL, TO_ROWS, proj
 from cllm_spheres.kernels.bf16.norm import layernorm_rows
 from cllm_spheres.kernels.bf16.tiles import padded
 from cllm_spheres.kernels.dropout import dropout_sequences
+from cllm_spheres.kernels.progress import FORWARD, advance
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry_bf16 as G
 from cllm_spheres.model.layout import B_ATT, B_DOWN, B_LN1, B_LN2, B_QKV, B_UP, G_LN1, G_LN2
@@ -73,7 +75,7 @@ def forward_bf16(geometry, params, packed, arena, ids, n, length, dropout_key, f
     int32[n]; length: real tokens of a sequence.
     """
     g = card(geometry)
-    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, 1)
+    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, PROGRESS_WORDS)
     c, heads = g[G.WIDTH], g[G.HEADS]
     t, d, cp, fp = padded(length), c // heads, padded(c), padded(g[G.FF_WIDTH])
     e, h = padded(d), head_columns(g)
@@ -127,7 +129,7 @@ def forward_bf16(geometry, params, packed, arena, ids, n, length, dropout_key, f
         w = weights(g, packed, 4 * layer + _DOWN)[0]
         _project(TO_RESIDUAL, n, c, fp, act, w, bias, mid, following, c, scratch, keys, t, threshold, keep_scale)
         mark(trace, K.DOWN)
-        progress[0] += 1
+        advance(progress, FORWARD)
     stats = floats(arena + g[G.LNF_STATS], 2 * n)
     gain, bias = vector(params, g[G.LNF_GAIN], c), vector(params, g[G.LNF_BIAS], c)
     layernorm_rows(matrix(arena + g[G.X_LAST], n, c), gain, bias, arena + g[G.LNF], stats[:n], stats[n:], row)

@@ -24,6 +24,8 @@ from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
 from cllm_spheres.kernels.linear import linear_backward, linear_forward, linear_residual_forward
 from cllm_spheres.kernels.products import gemm
+from cllm_spheres.kernels.progress import BACKWARD, FORWARD, advance
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry as G
 from cllm_spheres.model.layout import (
@@ -134,7 +136,7 @@ def forward(geometry, params, arena, ids, n, length, dropout_key, first_sequence
     An entry, so that it is compiled once and not for each of its callers. Arguments as in compute_shard; ids: int32[n].
     """
     g = _geometry(geometry)
-    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, 1)
+    ids_N, key, progress = tokens(ids, n), types.uint64(dropout_key), integers(progress_at, PROGRESS_WORDS)
     c, heads = g[G.WIDTH], g[G.HEADS]
     threshold, keep_scale = dropout_of(g[G.THRESHOLD], key)
     wte, wpe, gain, bias = _ends(g, params)
@@ -175,7 +177,7 @@ def forward(geometry, params, arena, ids, n, length, dropout_key, first_sequence
             act, w_down, b_down, mid, following, products, length, key_out, first_sequence, threshold, keep_scale
         )  # fmt: skip
         mark(g[G.TRACE], K.DOWN)
-        progress[0] += 1
+        advance(progress, FORWARD)
     stats = floats(arena + 4 * g[G.LNF_STATS], 2 * n)
     layernorm_forward(x_last, gain, bias, lnf, stats[:n], stats[n:])
     mark(g[G.TRACE], K.NORM)
@@ -235,7 +237,7 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
         mark(g[G.TRACE], K.LINEAR_BACKWARD)
         layernorm_backward(dt, x, gain1, mean1, rstd1, dx, dgain1, dbias1, accumulate)
         mark(g[G.TRACE], K.NORM_BACKWARD)
-        progress[0] += 1
+        advance(progress, BACKWARD)
     if threshold > 0:
         dropout_sequences(dx, length, combine(key, 0), first_sequence, threshold, keep_scale)
     embedding_backward(dx, ids_N, length, dwte, dwpe, accumulate)
@@ -250,14 +252,14 @@ def compute_shard(
 
     All but scale and the counts are addresses: geometry int64, params/segment/arena float32, packed what
     `pack_unit` made of the weights (float32 kernels do not read it), inputs/targets int32 [count, length],
-    progress int64[1], raised at each layer. scale: what a token's loss counts in the gradient
+    progress int64[PROGRESS_WORDS], raised at each layer. scale: what a token's loss counts in the gradient
     (1 / tokens of the whole batch). key: dropout key of the step, 0 for none; first_sequence: the number of the
     first sequence in the whole batch.
     """
     state = flush_subnormals()
     g = _geometry(geometry)
     wte, dwte = _ends(g, params)[0], _ends(g, segment)[0]
-    layers_done, dropout_key = integers(progress, 1), types.uint64(key)
+    layers_done, dropout_key = integers(progress, PROGRESS_WORDS), types.uint64(key)
     loss = 0.0
     at_a_time = g[G.SEQUENCES]
     for first in range(0, count, at_a_time):

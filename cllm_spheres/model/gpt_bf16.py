@@ -19,6 +19,7 @@ from cllm_spheres.kernels.bf16.linear import turn
 from cllm_spheres.kernels.bf16.multiply import begin, end
 from cllm_spheres.kernels.bf16.tiles import padded
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry_bf16 as G
 from cllm_spheres.model.backward_bf16 import backward
@@ -54,7 +55,7 @@ def compute_shard_bf16(
     begin(arena + g[G.SCRATCH])
     c, v = g[G.WIDTH], g[G.VOCAB]
     cp, t = padded(c), padded(length)
-    layers_done, dropout_key = integers(progress, 1), types.uint64(key)
+    layers_done, dropout_key = integers(progress, PROGRESS_WORDS), types.uint64(key)
     loss = 0.0
     at_a_time = g[G.SEQUENCES]
     room = at_a_time * padded(g[G.BLOCK_SIZE])

@@ -15,18 +15,20 @@ from cllm_spheres.spheres.atomics import add, load, pause, store, wait_while, wa
 FIELDS = (
     "worker", "num_workers", "num_spheres", "first_block", "last_block", "num_blocks", "decaying_blocks", "spin",
     "batch_size", "block_size", "seed", "optimizer", "skip_nonfinite", "has_dropout", "stride", "item_bytes",
-    "train_tokens", "val_tokens", "num_tensors", "pack_units", "keeps_sum",
+    "train_tokens", "val_tokens", "num_tensors", "pack_units", "keeps_sum", "layers", "num_faults",
     "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
-    "window_losses", "norms", "slot", "params", "moments", "squares", "gradient", "packed", "segments",
+    "window_losses", "norms", "updated", "slots", "slot", "faults",
+    "params", "moments", "squares", "gradient", "packed", "segments",
     "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
     "compute_shard", "evaluate_window", "pack_unit", "trace",
 )  # fmt: skip
 (
     WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
     BATCH_SIZE, BLOCK_SIZE, SEED, OPTIMIZER, SKIP_NONFINITE, HAS_DROPOUT, STRIDE, ITEM_BYTES,
-    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS, KEEPS_SUM,
+    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS, KEEPS_SUM, LAYERS, NUM_FAULTS,
     CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
-    WINDOW_LOSSES, NORMS, SLOT, PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
+    WINDOW_LOSSES, NORMS, UPDATED, SLOTS, SLOT, FAULTS,
+    PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
     BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
     COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT, TRACE,
 ) = range(len(FIELDS))  # fmt: skip

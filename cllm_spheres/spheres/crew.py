@@ -27,6 +27,7 @@ from cllm_spheres.spheres.server import PACKET_BYTES
 from cllm_spheres.spheres.serving import Server, start_server
 
 TOLD_WITHIN_S = 1.0  # of an end: by the server, which has nothing else to do
+LEAVES_WITHIN_S = 5.0  # when told to
 ENDS_WITHIN_S = 10.0  # after SIGKILL; a process that takes longer is held by the kernel, such as by a dead disk
 
 
@@ -37,6 +38,7 @@ class Ended:
     worker: int
     pid: int
     status: int
+    with_server: bool = False  # because the server ended, which is its own death
 
 
 class Crew:
@@ -69,7 +71,7 @@ class Crew:
                 self._ring()
         with self._lock:
             for worker in list(self.pids):  # they end with their server, and nobody tells how
-                self._take_out(worker, signal.SIGKILL)
+                self._take_out(worker, signal.SIGKILL, with_server=True)
             self._asked.clear()
         self.server_gone = True
         self._ring()
@@ -89,12 +91,24 @@ class Crew:
             elif "ended" in message:
                 self._take_out(int(str(message["ended"])), int(str(message["status"])))
 
-    def _take_out(self, worker: int, status: int) -> None:
+    def _take_out(self, worker: int, status: int, with_server: bool = False) -> None:
         handle = self._handles.pop(worker, None)
         if handle is not None:
             select.select([handle], [], [], ENDS_WITHIN_S)
             os.close(handle)
-        self._ended.append(Ended(worker, self.pids.pop(worker), status))
+        self._ended.append(Ended(worker, self.pids.pop(worker), status, with_server))
+
+    def replace(self, job: Job) -> None:
+        """All workers by those of another job, which are asked for. Nobody is in a command."""
+        deadline = time.monotonic() + LEAVES_WITHIN_S
+        while self._asked and not self.server_gone and time.monotonic() < deadline:
+            time.sleep(0.002)  # whom it still starts it starts for the old job
+        self.wait_for_ends(LEAVES_WITHIN_S, lambda: time.sleep(0.002))
+        for worker in list(self.pids):
+            self.kill_worker(worker)
+        self.take_ended()
+        self.job = job
+        self.spawn(list(range(job.workers)))
 
     def spawn(self, workers: list[int]) -> None:
         """Have workers forked, by a new server where the last one has ended; `ready` tells when they are."""
@@ -119,7 +133,8 @@ class Crew:
 
     def ready(self) -> bool:
         """Whether every worker is known and waits for commands."""
-        return len(self.pids) == self.job.workers and bool(self.memory.worker_words()[:, M.W_READY].all())
+        words = self.memory.worker_words()[: self.job.workers]
+        return len(self.pids) == self.job.workers and bool(words[:, M.W_READY].all())
 
     def take_ended(self) -> list[Ended]:
         """Those who have ended since the last call."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from numba import types
 
+from cllm_spheres import faults as F
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels import trace as T
 from cllm_spheres.kernels.arrays import doubles, integers
@@ -24,6 +25,7 @@ from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import phases
 from cllm_spheres.spheres.atomics import add, load, store, wait_while
+from cllm_spheres.spheres.firing import fire
 
 
 @kernel
@@ -67,7 +69,9 @@ def _compute_and_decide(x, step, index, trace):
     computed = _spent(x, M.W_COMPUTE_NS, computing)
 
     seen = load(C.word(x, M.RELEASE))
-    if C.arrive(x):
+    last = C.arrive(x)
+    fire(x, F.BARRIER, step)
+    if last:
         record[M.R_COMPUTED_NS] = C.now(x)
         for total in (M.R_PACK_SUM, M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM):
             record[total] = 0
@@ -77,7 +81,7 @@ def _compute_and_decide(x, step, index, trace):
     mark(trace, T.WAIT)
     gathering = _spent(x, M.W_WAIT_NS, computed)
     C.say(x, M.S_GATHERING)
-    phases.gather(x)
+    phases.gather(x, step)
     mark(trace, T.GATHER)
     gathered = _spent(x, M.W_GATHER_NS, gathering)
     add(at + 8 * M.R_PACK_SUM, packed - start)
@@ -127,9 +131,13 @@ def _steps(x, first, last):
         trace = _begin_trace(x, step)
         if index == 0 and x[C.WORKER] == 0:
             store(C.word(x, M.STEP_START), C.now(x))
-        # Where an update was interrupted the gate is open already: only the rest of it is due.
-        if load(C.word(x, M.GATE)) < step and not _compute_and_decide(x, step, index, trace):
-            return False
+        if load(C.word(x, M.GATE)) < step:
+            if not _compute_and_decide(x, step, index, trace):
+                return False
+        else:  # an update was interrupted: only the rest of it is due
+            phases.repair(x, step)
+            if not C.meet(x):
+                return False
         verdict = doubles(x[C.DECISION], DECISION_WORDS)[phases.D_VERDICT]
         if verdict == phases.END:
             return True

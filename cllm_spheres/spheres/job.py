@@ -36,6 +36,7 @@ class Job:
     skip_nonfinite: bool = False
     dtype: str = "fp32"  # of the kernels' arithmetic
     trace_marks: int = 0  # room for the trace of a step, for each worker
+    faults: list[tuple[str, int, int, str]] = field(default_factory=list)  # those of a faults.Fault each
     cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
 
     @property
@@ -45,7 +46,6 @@ class Job:
         return Sizes(
             num_parameters=layout.size,
             num_spheres=self.spheres,
-            num_workers=self.workers,
             num_windows=self.num_windows,
             has_squares=self.optimizer == "adamw",
             packed_bytes=packed_bytes,

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cllm_spheres.kernels.sizes import BLOCK, HEADER_WORDS, SLOT_FLOATS, keeps_sum
+from cllm_spheres.faults import MOST_FAULTS
+from cllm_spheres.kernels.sizes import BLOCK, HEADER_WORDS, PROGRESS_WORDS, SLOT_FLOATS, keeps_sum
 
 LINE = 64  # bytes of a cache line
 PAGE = 4096
@@ -49,12 +50,13 @@ INITIALISE, STEPS, EVALUATE, REHEARSE, EXIT, MEET = range(1, 7)
 # Reasons of HALT.
 HALT_STOP, HALT_NONFINITE = 1, 2
 
-# Words of a worker, two lines each.
+# Words of a worker, three lines each; those of its progress come last.
 (
     W_ARRIVED, W_STATE, W_COMPUTE_NS, W_WAIT_NS, W_GATHER_NS, W_UPDATE_NS, W_CLOCK, W_CLOCK_2,
-    W_SLOT, W_BLOCKS, W_READY, W_REHEARSAL_NS, W_PROGRESS, W_PACK_NS, W_LEFT, W_SPHERE,
-) = range(16)  # fmt: skip
-WORKER_WORDS = 16
+    W_SLOT, W_READY, W_REHEARSAL_NS, W_PACK_NS, W_LEFT, W_SPHERE, W_PROGRESS,
+) = range(15)  # fmt: skip
+WORKER_WORDS = 24
+assert W_PROGRESS + PROGRESS_WORDS <= WORKER_WORDS
 # States of a worker.
 STATES = ("starting", "idle", "packing", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
 S_STARTING, S_IDLE, S_PACKING, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(9)
@@ -62,6 +64,10 @@ S_STARTING, S_IDLE, S_PACKING, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, 
 # Words of a sphere, one line each.
 P_COMPLETE, P_LOSS, P_BUSY_NS, P_TOKENS = range(4)
 SPHERE_WORDS = 8
+
+# Words of a fault, one line each.
+F_PHASE, F_STEP, F_SPHERE, F_ACTION, F_FIRED = range(5)
+FAULT_WORDS = 8
 
 # Words of a step's record in the ring.
 (
@@ -78,8 +84,7 @@ class Sizes:
     """What decides how much memory a run shares; it travels to the workers as JSON."""
 
     num_parameters: int  # padded, a multiple of BLOCK
-    num_spheres: int
-    num_workers: int
+    num_spheres: int  # and places for workers: their number may change, and never exceeds that of the spheres
     num_windows: int  # of an evaluation
     has_squares: bool  # adamw keeps second moments, sgd does not
     packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
@@ -107,18 +112,20 @@ class Regions:
 
         self.control = place(CONTROL_LINES * LINE)
         self.decision = place(LINE)
-        self.workers = place(sizes.num_workers * WORKER_WORDS * 8)
+        self.workers = place(sizes.num_spheres * WORKER_WORDS * 8)
         self.spheres = place(sizes.num_spheres * SPHERE_WORDS * 8)
+        self.faults = place(MOST_FAULTS * FAULT_WORDS * 8)
         self.ring = place(RING * RECORD_WORDS * 8)
         self.rates = place(RING * 8)
         self.window_starts = place(sizes.num_windows * 8)
         self.window_lengths = place(sizes.num_windows * 8)
         self.window_losses = place(sizes.num_windows * 8)
         self.norms = place(blocks * 8)
-        self.errors = place(sizes.num_workers * ERROR_BYTES)
-        self.slots = place(sizes.num_workers * SLOT_FLOATS * 4, PAGE)
+        self.updated = place(blocks * 8)
+        self.errors = place(sizes.num_spheres * ERROR_BYTES)
+        self.slots = place(sizes.num_spheres * SLOT_FLOATS * 4, PAGE)
         self.trace_stride = 8 * (HEADER_WORDS + 2 * sizes.trace_marks)
-        self.traces = place(sizes.num_workers * self.trace_stride if sizes.trace_marks else 0, PAGE)
+        self.traces = place(sizes.num_spheres * self.trace_stride if sizes.trace_marks else 0, PAGE)
         self.params = place(flat, PAGE)
         self.moments = place(flat, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
@@ -188,9 +195,17 @@ class SharedMemory:
         return self.floats(self.regions.segments + sphere * self.regions.stride, self.sizes.num_parameters)
 
     def worker_words(self) -> np.ndarray:
-        """int64 [workers, WORKER_WORDS]"""
-        count = self.sizes.num_workers
+        """int64 [places, WORKER_WORDS]"""
+        count = self.sizes.num_spheres
         return self.words(self.regions.workers, count * WORKER_WORDS).reshape(count, WORKER_WORDS)
+
+    def updated_words(self) -> np.ndarray:
+        """int64 [blocks]: the last step that has updated each."""
+        return self.words(self.regions.updated, self.sizes.num_parameters // BLOCK)
+
+    def fault_words(self) -> np.ndarray:
+        """int64 [MOST_FAULTS, FAULT_WORDS]"""
+        return self.words(self.regions.faults, MOST_FAULTS * FAULT_WORDS).reshape(MOST_FAULTS, FAULT_WORDS)
 
     def sphere_words(self) -> np.ndarray:
         """int64 [spheres, SPHERE_WORDS]"""

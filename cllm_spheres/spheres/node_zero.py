@@ -9,10 +9,7 @@ is complete stays, the rest is a pure function of shared memory, so the bits are
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,22 +17,21 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import RunFailed, SphereLost
-from cllm_spheres.machine import available_memory, usable_cores
+from cllm_spheres.faults import Fault
+from cllm_spheres.machine import usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.crew import Crew, Ended
+from cllm_spheres.spheres.crew import LEAVES_WITHIN_S, Crew
 from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.losses import MOST_DEATHS, Losses
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.placement import Claims, claim, read_cores
 from cllm_spheres.spheres.serving import Server
-from cllm_spheres.spheres.topology import hosted
-from cllm_spheres.units import size
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
 # A worker that computes raises its progress at every layer, one that updates at every block. It counts as hung when it
 # did not for this many times the longest step so far, within bounds.
 SILENCE_STEPS, LEAST_SILENCE_S, MOST_SILENCE_S = 20, 10.0, 120.0
-MOST_DEATHS = 3  # at one place within one step, or of one sphere's hosts: then the cause is no accident
 
 
 class NodeZero:
@@ -55,16 +51,14 @@ class NodeZero:
         self._status, self._look, self._tell, self._server_given = status, look, tell, server
         self._command = (0, 0, 0, 0)  # number, kind, first, last
         self._recovering = False
-        self._deaths: Counter[int] = Counter()  # of workers within the current step
-        self._deaths_of: Counter[int] = Counter()  # of whoever computed a sphere within the current step
-        self._deaths_step = 0
+        self.losses = Losses(job, self.memory)
         for word, seconds, nanoseconds in (
             (M.LONG_TIMEOUT, 1, 0),
             (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9)),
         ):
             self._words(word, 2)[:] = (seconds, nanoseconds)
-        self._progress = np.zeros((job.workers, M.WORKER_WORDS), np.int64)
-        self._silent_s = np.zeros(job.workers)
+        self._progress = np.zeros((job.spheres, M.WORKER_WORDS), np.int64)
+        self._silent_s = np.zeros(job.spheres)
         self._looked_at = time.monotonic()
 
     # ---- starting and ending
@@ -73,6 +67,8 @@ class NodeZero:
         """The server and all workers; returns when every worker is ready. RunFailed where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
+        for words, fault in zip(self.memory.fault_words(), self.job.faults, strict=False):
+            words[: M.F_FIRED] = Fault(*fault).words
         self.crew = Crew(self.job, self.memory, self.ring_bell, self._status, self._server_given)
         self.crew.spawn(list(range(self.job.workers)))
         while not self.crew.warm.wait(LOOK_AROUND_S):  # it may compile for a while
@@ -92,7 +88,7 @@ class NodeZero:
             return
         if not self.crew.lost and self.finished():
             self._give(M.EXIT, 0, 0)
-            self.crew.wait_for_ends(5.0, self.wait_for_bell)
+            self.crew.wait_for_ends(LEAVES_WITHIN_S, self.wait_for_bell)
         self.kill()
 
     def kill(self) -> None:
@@ -105,10 +101,17 @@ class NodeZero:
 
     def give(self, kind: int, first: int = 0, last: int = 0) -> None:
         """Begin a command; `finished` tells when it is done."""
-        for word in (M.ABORT, M.HALT):
+        self._set(M.BASE, first)
+        self._begin(kind, first, last)
+
+    def go_on(self, last: int) -> None:
+        """The rest of a command of steps that was stopped: those from the next one on, to last - 1."""
+        self._begin(M.STEPS, self.done + 1, last)
+
+    def _begin(self, kind: int, first: int, last: int) -> None:
+        for word in (M.ABORT, M.HALT, M.STOP):
             self._set(word, 0)
         self._silent_s[:] = 0
-        self._set(M.BASE, first)
         self._give(kind, first, last)
 
     def do(self, kind: int, first: int = 0, last: int = 0) -> None:
@@ -151,6 +154,14 @@ class NodeZero:
         """Say where the run stands before its first command: whole steps, and updates among them."""
         for word, value in ((M.DONE, step), (M.GATE, step), (M.APPLIED, applied)):
             self._set(word, value)
+        self.memory.sphere_words()[:, M.P_COMPLETE] = 0
+        self.memory.updated_words()[:] = 0
+
+    @property
+    def faults_left(self) -> list[str]:
+        """Faults that have not fired."""
+        fired = self.memory.fault_words()[:, M.F_FIRED]
+        return [str(Fault(*fault)) for fault, one in zip(self.job.faults, fired, strict=False) if not one]
 
     @property
     def done(self) -> int:
@@ -185,24 +196,43 @@ class NodeZero:
         passed, self._looked_at = min(now - self._looked_at, 1.0), now
         words = self.memory.worker_words()
         moved = (words != self._progress).any(axis=1)
-        # Whoever has come to the current barrier waits for others; one that was stopped asleep there has not moved on.
-        waits = words[:, M.W_ARRIVED] > self._get(M.RELEASE)
+        # Whoever sleeps at the current barrier waits for others. The last to arrive does not: it has to release them.
+        waits = (words[:, M.W_ARRIVED] > self._get(M.RELEASE)) & (words[:, M.W_STATE] == M.S_WAITING)
         # Whoever has left the command is idle, but for the one that must still notice the next.
         waits |= (words[:, M.W_LEFT] == self._command[0]) | (words[:, M.W_READY] == 0)
+        waits[self.job.workers :] = True  # places that nobody holds
         self._silent_s = np.where(moved | waits, 0.0, self._silent_s + passed)
         self._progress[:] = words
         if self._silent_s.max() > self._silence_s():
             worker = int(self._silent_s.argmax())
             self._tell(
-                "hung", f"{self._names(worker)} (pid {self.pids.get(worker)}) did nothing for"
-                f" {self._silent_s[worker]:.0f} s while {self._state(worker)}, step {self.done + 1}. It may be stopped"
-                " (SIGSTOP) or starved of its core. It is ended and replaced.", worker=worker,
+                "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for"
+                f" {self._silent_s[worker]:.0f} s while {self.losses.state(worker)}, step {self.done + 1}. It may be"
+                " stopped (SIGSTOP) or starved of its core. It is ended and replaced.", worker=worker,
             )  # fmt: skip
             self._silent_s[worker] = 0
             self.crew.kill_worker(worker)
             self._recover()
 
-    # ---- losses
+    # ---- losses, and other numbers of workers
+
+    def resize(self, workers: int) -> None:
+        """Have another number of workers from now on. No command may be under way."""
+        self._claims.keep([])
+        self._claims, cores = claim(workers, read_cores(usable_cores()))
+        self._staff(workers, cores)
+        while not self.crew.ready():
+            self.wait_for_bell()
+            self._look()
+            self.check()
+        self._set(M.FINISHED, self._command[0])
+
+    def _staff(self, workers: int, cores: list[int]) -> None:
+        """Workers of a new job are asked for; all others leave."""
+        self.job = self.losses.job = replace(self.job, workers=workers, cores=cores)
+        self._give(M.EXIT, 0, 0)
+        self.crew.replace(self.job)
+        self.losses.forget()
 
     def _silence_s(self) -> float:
         """How long a worker may do nothing that can be seen."""
@@ -216,37 +246,45 @@ class NodeZero:
         if self._recovering:
             return
         self._recovering, began = True, time.monotonic()
-        interrupted = not self.finished()
-        replaced: list[int] = []
+        interrupted = self._command
+        replaced: set[int] = set()
         try:
             while self.crew.lost:
                 if self.crew.server_gone:
-                    self._tell(
-                        "lost",
-                        f"The process that starts the workers {self.crew.server_end()}; its workers ended with it.",
-                    )
+                    self._tell("lost", self.losses.count_server(self.crew.server_end(), self.done + 1))
                 for ended in self.crew.take_ended():
-                    self._count(ended)
-                    self._tell("lost", self._describe(ended), worker=ended.worker, pid=ended.pid)
-                self._leave_command()
+                    self._tell("lost", self.losses.count(ended, self.done + 1), worker=ended.worker, pid=ended.pid)
+                if self._command == interrupted:
+                    self._leave_command()
+                if (worker := self.losses.worn_out()) is not None:
+                    self._go_on_without(worker)
                 missing = self.crew.missing()
-                replaced += missing
+                replaced.update(missing)
                 self.crew.spawn(missing)
                 deadline = time.monotonic() + MOST_SILENCE_S
                 while not self.crew.ready() and not self.crew.lost:
                     self.wait_for_bell()
                     if time.monotonic() > deadline:
                         raise SphereLost(f"Nobody could take the place of workers {missing}: none was ready in time.")
-            if interrupted:
-                self._give_again()
+            self._give_again(*interrupted)
         finally:
             self._recovering = False
-        seconds, workers = time.monotonic() - began, sorted(set(replaced))
-        names = f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}"
+        seconds, workers = time.monotonic() - began, sorted(replaced)
+        names = f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}" if workers else "all workers"
         self._tell(
             "recovered", f"Replaced {names} within {seconds:.2f} s; step {self.done + 1} goes on.", seconds=seconds,
             workers=workers,
         )  # fmt: skip
+
+    def _go_on_without(self, worker: int) -> None:
+        """Fewer workers, and the core of this place is left alone. SphereLost where there are none left."""
+        workers, step = self.job.workers - 1, self.done + 1
+        why = f"Worker {worker} ended {MOST_DEATHS} times within step {step}"
+        if workers == 0:
+            raise SphereLost(f"{why}, and it was the last one.")
+        self._tell("fewer", f"{why}: the run goes on with {workers} workers. Its bits stay the same.", workers=workers)
+        cores = self.job.cores
+        self._staff(workers, cores[:worker] + cores[worker + 1 :])
 
     def _leave_command(self) -> None:
         """Have the living leave the command that was interrupted; they wait for the next then."""
@@ -259,68 +297,19 @@ class NodeZero:
             self.wait_for_bell()
             self.check()  # who does not leave hangs, and is ended
 
-    def _give_again(self) -> None:
-        """The interrupted command from where it stands. Nobody is in it any more."""
-        number, kind, first, last = self._command
+    def _give_again(self, number: int, kind: int, first: int, last: int) -> None:
+        """An interrupted command from where it stands. Nobody is in it any more."""
+        whole = self._get(M.FINISHED) == number
         self._set(M.ARRIVED, 0)
         self._set(M.RELEASE, self._get(M.RELEASE) + 1)  # who had arrived at the barrier that was left waits no more
         self._set(M.ABORT, 0)
-        if self.finished():
-            return
         if kind == M.STEPS:
             first = self.done + 1
-            if first == last or self.halt:  # all that was lost is the barrier at its end
-                self._set(M.FINISHED, number)
-                return
-        self._give(kind, first, last)
-
-    def _count(self, ended: Ended) -> None:
-        """SphereLost where a worker said why it ended, or where one place or one sphere has cost too many."""
-        if self._deaths_step != self.done:
-            self._deaths.clear()
-            self._deaths_of.clear()
-            self._deaths_step = self.done
-        words = self.memory.worker_words()[ended.worker]
-        self._deaths[ended.worker] += 1
-        if words[M.W_STATE] == M.S_COMPUTING:
-            self._deaths_of[int(words[M.W_SPHERE])] += 1
-        if not os.WIFSIGNALED(ended.status):
-            raise SphereLost(self._describe(ended))
-        sphere, deaths = max(self._deaths_of.items(), key=lambda item: item[1], default=(0, 0))
-        if deaths >= MOST_DEATHS:
-            raise SphereLost(
-                f"Sphere {sphere} ended {deaths} different workers in step {self.done + 1}: {self._describe(ended)}\n"
-                "Its shard of this step cannot be computed here."
-            )
-        if self._deaths[ended.worker] >= MOST_DEATHS:
-            raise SphereLost(f"{self._describe(ended)}\nIt ended {MOST_DEATHS} times within this step.")
-
-    def _describe(self, ended: Ended) -> str:
-        if os.WIFSIGNALED(ended.status):
-            number = os.WTERMSIG(ended.status)
-            how = f"ended by signal {number} ({signal.Signals(number).name})"
+            whole = whole or first == last or bool(self.halt)  # all that was lost is the barrier at its end
+        if whole:
+            self._set(M.FINISHED, self._command[0])
         else:
-            how = f"ended with exit code {os.waitstatus_to_exitcode(ended.status)}"
-        text = f"{self._names(ended.worker)} (pid {ended.pid}) {how} while {self._state(ended.worker)},"
-        text += f" step {self.done + 1}."
-        said = self.memory.error(ended.worker)
-        if said:
-            text += f"\nIt said: {said}"
-        killed = os.WIFSIGNALED(ended.status) and os.WTERMSIG(ended.status) == signal.SIGKILL
-        if "memory" in said or "space" in said or killed:
-            text += (
-                f"\nOften the machine ran out of memory: this run shares {size(self.memory.regions.total)},"
-                f" {size(available_memory())} are available now. Try fewer --spheres or --workers."
-            )
-        return text
-
-    def _state(self, worker: int) -> str:
-        return M.STATES[int(self.memory.worker_words()[worker, M.W_STATE])]
-
-    def _names(self, worker: int) -> str:
-        spheres = list(hosted(worker, self.job.workers, self.job.spheres))
-        names = ", ".join(map(str, spheres[:6])) + (", ..." if len(spheres) > 6 else "")
-        return f"{'sphere' if len(spheres) == 1 else 'spheres'} {names} of worker {worker}"
+            self._give(kind, first, last)
 
     # ---- inside
 

@@ -4,10 +4,12 @@
     compute: for each sphere that the worker hosts: read its windows, forward, backward      -> segments
     gather:  for each block of its span: add the segments in sphere order, squared norm      -> gradient, norms
              (with one or two spheres only the norms: the update adds again)
+    repair:  blocks that lie finished in a redo slot, where an update was interrupted        -> parameters
     update:  for each block of its span: the optimizer through the redo slot                 -> parameters
 
 `decide` and `finish` are what one worker does for all, after the gather and after the update. Every phase can be done
-again: outputs never overlap inputs, and the update goes through the slot.
+again: outputs never overlap inputs, and the update goes through the slot. Which spheres are complete and which blocks
+are updated stands beside them, so that what is left can be shared out among any number of workers.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
+from cllm_spheres import faults as F
 from cllm_spheres.crystal.jit import at_address, kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
 from cllm_spheres.kernels import trace as T
-from cllm_spheres.kernels.arrays import doubles, integers, tokens
+from cllm_spheres.kernels.arrays import doubles, floats, integers, tokens
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm, sum_block
 from cllm_spheres.kernels.optimizer import (
     D_BETA1,
@@ -33,12 +36,13 @@ from cllm_spheres.kernels.optimizer import (
     power,
     update_block,
 )  # fmt: skip
-from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.trace import clock_ns, mark
 from cllm_spheres.model.initialise import initialise_block
 from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import exchange_if, load, store
+from cllm_spheres.spheres.firing import arm, fire
 from cllm_spheres.text.batches import read_window, shard, window_start
 
 # The phases' one machine code, called by address; that of a dtype stands in the context.
@@ -91,6 +95,7 @@ def compute(x, step, trace):
             return False
         start = C.now(x)
         store(C.mine(x, M.W_SPHERE), sphere)
+        poisons = arm(x, step, sphere)
         mark(trace, T.SPHERE + sphere)
         first, count = shard(x[C.BATCH_SIZE], x[C.NUM_SPHERES], sphere)
         for i in range(count):
@@ -105,6 +110,8 @@ def compute(x, step, trace):
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
             x[C.TARGETS], count, length, scale, key, first, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
+        if poisons:
+            floats(x[C.SEGMENTS] + sphere * x[C.STRIDE], 1)[0] = np.nan
         doubles(words, M.SPHERE_WORDS)[M.P_LOSS] = loss
         integers(words, M.SPHERE_WORDS)[M.P_BUSY_NS] += C.now(x) - start
         integers(words, M.SPHERE_WORDS)[M.P_TOKENS] += count * length
@@ -119,8 +126,13 @@ def _sum_at(x, block):
 
 
 @kernel
-def gather(x):
+def gather(x, step):
+    half = (x[C.FIRST_BLOCK] + x[C.LAST_BLOCK]) // 2
+    if x[C.FIRST_BLOCK] == x[C.LAST_BLOCK]:
+        fire(x, F.GATHER, step)
     for block in range(x[C.FIRST_BLOCK], x[C.LAST_BLOCK]):
+        if block == half:
+            fire(x, F.GATHER, step)
         _gather_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], _sum_at(x, block), x[C.NORMS], block)
 
 
@@ -163,24 +175,42 @@ def decide(x, step, index):
 
 @kernel
 def update(x, step):
-    """The optimizer on this worker's span; goes on where an interrupted update of the same step was left."""
-    unit = x[C.NUM_BLOCKS] + 1
-    blocks_word, slot_word = C.mine(x, M.W_BLOCKS), C.mine(x, M.W_SLOT)
-    done = load(blocks_word) - step * unit
-    done = done if done > 0 else 0
-    for block in range(x[C.FIRST_BLOCK] + done, x[C.LAST_BLOCK]):
-        tag = step * unit + block - x[C.FIRST_BLOCK] + 1
-        if load(slot_word) != tag:
-            gradient = _sum_at(x, block)
-            if not x[C.KEEPS_SUM]:
-                gradient = _sum_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], gradient, block)
-            _update_block(
-                x[C.OPTIMIZER], x[C.DECISION], gradient, x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block,
-                1 if block < x[C.DECAYING_BLOCKS] else 0,
-            )  # fmt: skip
-            store(slot_word, tag)
+    """The optimizer on this worker's span, where a block has not had it in this step."""
+    half, fault_due = (x[C.FIRST_BLOCK] + x[C.LAST_BLOCK]) // 2, True
+    for block in range(x[C.FIRST_BLOCK], x[C.LAST_BLOCK]):
+        updated = x[C.UPDATED] + 8 * block
+        if load(updated) == step:
+            continue
+        gradient = _sum_at(x, block)
+        if not x[C.KEEPS_SUM]:
+            gradient = _sum_block(x[C.SEGMENTS], x[C.STRIDE], x[C.NUM_SPHERES], gradient, block)
+        _update_block(
+            x[C.OPTIMIZER], x[C.DECISION], gradient, x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block,
+            1 if block < x[C.DECAYING_BLOCKS] else 0,
+        )  # fmt: skip
+        store(C.mine(x, M.W_SLOT), step * x[C.NUM_BLOCKS] + block)
+        if fault_due and block >= half:
+            fault_due = False
+            if fire(x, F.UPDATE, step) == F.NAN:
+                floats(x[C.SLOT], 1)[0] = np.nan
         _commit_block(x[C.OPTIMIZER], x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block)
-        store(blocks_word, tag)
+        store(updated, step)
+    if fault_due:
+        fire(x, F.UPDATE, step)
+
+
+@kernel
+def repair(x, step):
+    """Put in place the blocks of an interrupted update that lie finished in a slot, whoever wrote it.
+
+    Before any block of this step is updated again: its weights may be half in place.
+    """
+    for place in range(x[C.WORKER], x[C.NUM_SPHERES], x[C.NUM_WORKERS]):
+        block = load(x[C.WORKERS] + (place * M.WORKER_WORDS + M.W_SLOT) * 8) - step * x[C.NUM_BLOCKS]
+        if 0 <= block < x[C.NUM_BLOCKS] and load(x[C.UPDATED] + 8 * block) != step:
+            slot = x[C.SLOTS] + place * SLOT_FLOATS * 4
+            _commit_block(x[C.OPTIMIZER], x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], slot, block)
+            store(x[C.UPDATED] + 8 * block, step)
 
 
 @kernel

@@ -44,7 +44,7 @@ def marks_needed(job: Job) -> int:
 
 def intervals(memory: SharedMemory) -> Iterator[Interval]:
     """All intervals of the traced step, worker by worker."""
-    for worker in range(memory.sizes.num_workers):
+    for worker in range(memory.sizes.num_spheres):
         words = memory.trace_words(worker)
         marks = words[HEADER_WORDS : HEADER_WORDS + 2 * int(words[0])].reshape(-1, 2).tolist()
         sphere = None

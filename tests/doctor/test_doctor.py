@@ -68,7 +68,7 @@ def test_a_quota_is_to_note(monkeypatch):
 
 def test_memory_that_is_gone_is_bad(monkeypatch):
     monkeypatch.setattr(system, "available_memory", lambda: 100_000_000)
-    monkeypatch.setattr(system, "memory_limit", lambda: (2_000_000_000, 1_900_000_000))
+    monkeypatch.setattr(system, "memory_group", lambda: (2_000_000_000, 1_900_000_000))
     state, found, _ = system.look_at_memory()
     assert state == "bad" and "100 MB available" in found and "the cgroup uses 1.9 GB of 2.0 GB" in found
 

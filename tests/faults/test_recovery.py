@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.errors import SphereLost
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Shape
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import node_zero as module
@@ -41,11 +42,11 @@ class Run:
         memory.words(memory.regions.window_starts, WINDOWS)[:] = np.arange(WINDOWS)
         memory.words(memory.regions.window_lengths, WINDOWS)[:] = shape.block_size
 
-    def begin(self, steps):
+    def begin(self, steps, until=None):
         self.node.do(M.INITIALISE)
         self.node.set_position(0, 0)
         self.steps = steps
-        self.node.give(M.STEPS, 1, steps + 1)
+        self.node.give(M.STEPS, 1, (until or steps) + 1)
 
     def disturbed(self, disturb, pause=0.0):
         """Until the command ends; `disturb` is called whenever everybody lives."""
@@ -111,7 +112,7 @@ def undisturbed(corpus):  # noqa: F811
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_workers_killed_at_random_moments_change_no_bit(run, undisturbed, workers, dtype):
     if dtype == "bf16":
-        pytest.importorskip("cllm_spheres.model.dtypes").usable("bf16") == "bf16" or pytest.skip("no bfloat16 here")
+        dtypes.usable("bf16") == "bf16" or pytest.skip("no bfloat16 here")
     steps, rng = 2000, random.Random(workers)
     one = run(workers, dtype=dtype)
     one.begin(steps)
@@ -215,12 +216,106 @@ def test_a_worker_killed_between_commands_is_replaced_before_the_next(run, undis
     assert one.result() == undisturbed(1000)
 
 
-def test_whoever_dies_again_and_again_within_a_step_ends_the_run(run):
-    one = run(2, shape=WIDE, batch_size=40)
+@pytest.mark.parametrize("phase", ["gather", "update"])
+def test_a_place_that_loses_too_many_within_a_step_is_given_up_and_the_rest_go_on_with_the_same_bits(
+    run, undisturbed, phase
+):
+    one = run(3, faults=[(phase, 20, 1, "kill")] * 3)
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert one.node.job.workers == 2 and len(one.node.pids) == 2
+    (fewer,) = one.events("fewer")
+    assert fewer == "Worker 1 ended 3 times within step 20: the run goes on with 2 workers. Its bits stay the same."
+    assert one.result() == undisturbed(100)
+
+
+def test_the_last_worker_that_ends_again_and_again_ends_the_run(run):
+    one = run(1, faults=[("barrier", 20, 0, "kill")] * 3)
+    one.begin(100)
+    with pytest.raises(SphereLost, match=r"Worker 0 ended 3 times within step 20, and it was the last one\."):
+        one.disturbed(lambda: None)
+    assert one.node.done == 19 and one.node.close_gate()
+
+
+def test_a_sphere_whose_shard_ends_three_workers_ends_the_run_and_is_named(run):
+    one = run(3, faults=[("backward", 20, 4, "segv")] * 3)
+    one.begin(100)
+    with pytest.raises(SphereLost, match=r"Sphere 4 ended 3 workers in step 20: .*\bsignal 11 \(SIGSEGV\)"):
+        one.disturbed(lambda: None)
+    assert one.node.done == 19 and one.node.close_gate()
+
+
+def test_a_server_that_ends_again_and_again_within_a_step_ends_the_run(run):
+    one = run(2, shape=WIDE, batch_size=200)
     one.begin(1000)
-    with pytest.raises(SphereLost, match="3 times within this step|ended 3 different workers"):
-        one.disturbed(lambda: one.kill(1))
-    assert one.events("recovered")
+    with pytest.raises(SphereLost, match=r"The process that starts the workers .* 3 times within step 1"):
+        one.disturbed(lambda: os.kill(one.node.server_pid, signal.SIGKILL))
+
+
+# --- other numbers of workers ---
+
+
+def test_between_commands_the_number_of_workers_changes_and_no_bit(run, undisturbed):
+    one = run(2)
+    one.begin(1000, until=300)
+    for workers, until in ((7, 600), (1, 800), (5, 1000)):
+        one.disturbed(lambda: None)
+        one.node.resize(workers)
+        assert len(one.node.pids) == one.node.job.workers == workers
+        one.node.go_on(until + 1)
+    one.disturbed(lambda: None)
+    assert one.result() == undisturbed(1000)
+
+
+# --- faults on purpose ---
+
+
+@pytest.mark.parametrize("action", ["kill", "segv", "stop", "slow"])
+@pytest.mark.parametrize("phase", ["forward", "backward", "barrier", "gather", "update"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fault_fires_once_where_it_should_and_changes_no_bit(run, undisturbed, monkeypatch, phase, action, dtype):
+    if dtype == "bf16" and dtypes.usable("bf16") != "bf16":
+        pytest.skip("no bfloat16 here")
+    if dtype == "bf16" and action != "kill":
+        pytest.skip("what the action is does not depend on the arithmetic")
+    monkeypatch.setattr(module, "LEAST_SILENCE_S", 0.5)
+    one = run(3, dtype=dtype, faults=[(phase, 20, 5, action)])
+    one.begin(100)
+    began = time.monotonic()
+    one.disturbed(lambda: None)
+    state = {"forward": "computing", "backward": "computing", "gather": "gathering", "update": "updating"}
+    if action == "slow":
+        assert time.monotonic() - began > 0.5  # and within that it was taken for one that hangs
+    numbers = {"kill": "signal 9", "segv": "signal 11", "stop": "signal 9", "slow": "signal 9"}
+    (lost,) = one.events("lost")
+    assert "worker 2 (pid " in lost and numbers[action] in lost and "step 20." in lost
+    assert state.get(phase, "") in lost and one.node.faults_left == []
+    assert len(one.events("hung")) == (action in ("stop", "slow"))
+    assert one.result() == undisturbed(100, dtype=dtype)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "gather"])
+def test_a_number_that_is_none_stops_the_step_before_its_update(run, phase):
+    one = run(2, faults=[(phase, 20, 3, "nan")])
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert one.node.halt == M.HALT_NONFINITE and one.node.done == 19
+    assert np.isfinite(one.node.memory.params).all()
+
+
+def test_a_number_that_is_none_in_the_update_is_found_in_the_next_step(run):
+    one = run(2, faults=[("update", 20, 3, "nan")])
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert one.node.halt == M.HALT_NONFINITE and one.node.done == 20
+    assert np.isnan(one.node.memory.params).sum() == 1
+
+
+def test_a_fault_that_has_not_fired_is_known(run):
+    one = run(2, faults=[("update", 200, 3, "kill"), ("forward", 2, 0, "kill")])
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert one.node.faults_left == ["update:200:3:kill"]
 
 
 def test_a_whole_run_survives_its_workers_and_tells_of_each_loss(corpus, tmp_path):  # noqa: F811

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import Geometry, new_arena
 from cllm_spheres.model.layout import Layout, Shape
 
-PROGRESS = np.zeros(1, np.int64)
+PROGRESS = np.zeros(PROGRESS_WORDS, np.int64)
 DTYPES = [
     "fp32",
     pytest.param("bf16", marks=pytest.mark.skipif(dtypes.usable("bf16") != "bf16", reason="no AVX512-BF16 here")),

@@ -65,9 +65,9 @@ def test_each_loss_of_a_worker_is_told_with_spheres_signal_and_step(going, name)
     outcome = finished(launch)
     assert outcome.code == 128 + signal.SIGTERM and family.alive == []
     number = int(signal.Signals[name])
-    told = f"spheres 1, 3 of worker 1 (pid {family.workers[1].pid}) ended by signal {number} ({name}) while "
+    told = f"Spheres 1, 3 of worker 1 (pid {family.workers[1].pid}) ended by signal {number} ({name}) while "
     assert outcome.event("lost")["message"].startswith(told)
-    assert ("ran out of memory" in outcome.event("lost")["message"]) == (name == "SIGKILL")
+    assert "memory" not in outcome.event("lost")["message"]
     assert outcome.event("recovered")["workers"] == [1]
 
 
@@ -158,7 +158,7 @@ def test_commands_are_done_and_close_leaves_nothing(node):
     give_steps(one)
     watch(one)
     assert one.done == one.applied == M.RING and one.halt == 0
-    words = one.memory.worker_words()
+    words = one.memory.worker_words()[:2]
     assert (words[:, M.W_COMPUTE_NS] > 0).all() and (words[:, M.W_UPDATE_NS] > 0).all()
     pids = [*one.pids.values(), one.server_pid]
     one.close()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cllm_spheres.faults import MOST_FAULTS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
@@ -19,7 +20,6 @@ sizes = st.builds(
     Sizes,
     num_parameters=st.integers(1, 400).map(lambda blocks: blocks * BLOCK),
     num_spheres=st.integers(1, 156),
-    num_workers=st.integers(1, 156),
     num_windows=st.integers(0, 300),
     has_squares=st.booleans(),
     packed_bytes=st.integers(0, 10 * PAGE),
@@ -31,10 +31,11 @@ def extents(regions):
     s = regions.sizes
     flat, windows = 4 * s.num_parameters, 8 * s.num_windows
     counts = dict(
-        control=M.CONTROL_LINES * LINE, decision=8 * 8, workers=8 * s.num_workers * M.WORKER_WORDS,
+        control=M.CONTROL_LINES * LINE, decision=8 * 8, workers=8 * s.num_spheres * M.WORKER_WORDS,
         spheres=8 * s.num_spheres * M.SPHERE_WORDS, ring=8 * M.RING * M.RECORD_WORDS, rates=8 * M.RING,
         window_starts=windows, window_lengths=windows, window_losses=windows, norms=8 * s.num_parameters // BLOCK,
-        errors=s.num_workers * ERROR_BYTES, slots=4 * s.num_workers * SLOT_FLOATS, params=flat, moments=flat,
+        updated=8 * s.num_parameters // BLOCK, faults=8 * MOST_FAULTS * M.FAULT_WORDS,
+        errors=s.num_spheres * ERROR_BYTES, slots=4 * s.num_spheres * SLOT_FLOATS, params=flat, moments=flat,
         squares=flat if s.has_squares else 0, gradient=flat if s.num_spheres > 2 else 0, packed=s.packed_bytes,
         segments=flat * s.num_spheres,
     )  # fmt: skip
@@ -63,7 +64,7 @@ def test_every_region_begins_at_a_cache_line_and_the_big_ones_at_a_page(sizes):
     assert (8 * M.WORKER_WORDS) % LINE == 0 and (8 * M.SPHERE_WORDS) % LINE == 0
 
 
-SMALL = Sizes(num_parameters=2 * BLOCK, num_spheres=3, num_workers=2, num_windows=4, has_squares=True)
+SMALL = Sizes(num_parameters=2 * BLOCK, num_spheres=3, num_windows=4, has_squares=True)
 
 
 def test_a_second_mapping_of_the_descriptor_sees_the_same_memory():

@@ -65,7 +65,7 @@ class Spheres:
 
     def gather(self):
         for x in self.contexts:
-            phases.gather(x)
+            phases.gather(x, STEP)
 
     def decide(self):
         """The verdict."""
@@ -276,7 +276,15 @@ def put_back(spheres, before):
     for name, data in zip(("params", "moments", "squares"), before, strict=True):
         start = getattr(spheres.regions, name)
         spheres.memory._bytes[start : start + len(data)] = np.frombuffer(data, np.uint8)
-    spheres.memory.worker_words()[:, [M.W_SLOT, M.W_BLOCKS]] = 0
+    spheres.memory.worker_words()[:, M.W_SLOT] = 0
+    spheres.memory.updated_words()[:] = 0
+
+
+def go_on(spheres):
+    """What every worker does with an update that was interrupted."""
+    for phase in (phases.repair, phases.update):
+        for x in spheres.contexts:
+            phase(x, STEP)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -294,20 +302,20 @@ def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, op
             if copied is not None:
                 interrupt_in_copy(spheres, x, stop, copied)
             x[context.LAST_BLOCK] = num_blocks
-            phases.update(x, STEP)
+            go_on(spheres)
             assert spheres.weights() == undisturbed, (stop, copied)
 
 
 def interrupt_in_copy(spheres, x, block, copied):
     """As if a worker had died with `copied` floats of a published block in place."""
-    tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
     saved = spheres.weights()
     x[context.LAST_BLOCK] = block + 1
     phases.update(x, STEP)  # leaves the new block in the slot
     x[context.LAST_BLOCK] = int(x[context.NUM_BLOCKS])
     slot = spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS).copy()
     put_back(spheres, saved)
-    spheres.memory.worker_words()[0, [M.W_SLOT, M.W_BLOCKS]] = tag, tag - 1 if block else 0
+    spheres.memory.worker_words()[0, M.W_SLOT] = STEP * int(x[context.NUM_BLOCKS]) + block
+    spheres.memory.updated_words()[:block] = STEP
     places = spheres.memory.params, spheres.memory.moments, spheres.memory.squares
     for part, place in enumerate(places):
         count = min(max(copied - part * BLOCK, 0), BLOCK)
@@ -321,31 +329,30 @@ def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, 
     spheres = Spheres(tokens, LARGE, spheres=1, batch_size=1, optimizer=optimizer)
     before, undisturbed = ready(spheres)
     x = spheres.contexts[0]
-    words = spheres.memory.worker_words()[0]
+    updated = spheres.memory.updated_words()
     num_blocks = int(x[context.NUM_BLOCKS])
-    first_tag = STEP * (num_blocks + 1)
     dice = random.Random(7)
     in_the_middle = 0
     for _ in range(25):
         put_back(spheres, before)
-        done = first_tag
+        done = 0
         for _ in range(4):
             target = done + dice.randrange(1, num_blocks // 5)
             child = os.fork()
             if child == 0:
-                phases.update(x, STEP)
+                go_on(spheres)
                 os._exit(0)
-            while words[M.W_BLOCKS] < target:
+            while updated[target - 1] != STEP:
                 os.sched_yield()
             for _ in range(dice.randrange(1000)):  # some microseconds: the time of a few blocks
                 pass
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            done = int(words[M.W_BLOCKS])
-            in_the_middle += done < first_tag + num_blocks
-            if done >= first_tag + num_blocks * 4 // 5:
+            done = int((updated == STEP).sum())
+            in_the_middle += done < num_blocks
+            if done >= num_blocks * 4 // 5:
                 break
-        phases.update(x, STEP)
+        go_on(spheres)
         assert spheres.weights() == undisturbed
     assert in_the_middle > 0  # nearly all of them, where there are two cores
 
@@ -369,10 +376,10 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
             phases.update(x, STEP)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
-        tag = STEP * (int(x[context.NUM_BLOCKS]) + 1) + block + 1
-        assert words[M.W_SLOT] == tag > words[M.W_BLOCKS]  # published, and not done
+        assert words[M.W_SLOT] == STEP * int(x[context.NUM_BLOCKS]) + block  # published, and not done
+        assert spheres.memory.updated_words()[block] != STEP
         assert spheres.weights() != undisturbed
-        phases.update(x, STEP)
+        go_on(spheres)
         assert spheres.weights() == undisturbed
 
 
@@ -386,3 +393,22 @@ def test_an_update_done_already_is_left_alone_and_the_next_step_begins_anew(toke
         phases.update(x, STEP + 1)
     assert spheres.weights() != undisturbed
     assert np.isfinite(spheres.memory.params).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_an_interrupted_update_is_ended_by_any_number_of_workers(tokens, workers):
+    spheres = Spheres(tokens, workers=3)
+    before, undisturbed = ready(spheres)
+    num_blocks = int(spheres.contexts[0][context.NUM_BLOCKS])
+    put_back(spheres, before)
+    phases.update(spheres.contexts[0], STEP)  # one has ended its span, one is dead in the middle of a copy
+    block = num_blocks // 3 + 1
+    interrupted = spheres.contexts[1]
+    interrupted[context.FIRST_BLOCK], interrupted[context.LAST_BLOCK] = block, block + 1
+    phases.update(interrupted, STEP)
+    spheres.memory.updated_words()[block] = 0
+    spheres.memory.params[block * BLOCK : block * BLOCK + 100] = np.nan
+    others = Spheres(tokens, workers=workers)
+    others.memory._bytes[:] = spheres.memory._bytes
+    go_on(others)
+    assert others.weights() == undisturbed
