@@ -12,7 +12,8 @@ from cllm_spheres_cli.data import data
 from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
-from cllm_spheres_cli.train import train
+from cllm_spheres_cli.scale import scale
+from cllm_spheres_cli.train import TrainCommand, train
 from cllm_spheres_cli.watch import watch
 
 from cllm_spheres.errors import SpheresError
@@ -43,7 +44,8 @@ def _options(
     """Train a small GPT on your own text, on every core of a CPU server, and let it write."""
 
 
-for command in (train, watch, generate, prepare, data, doctor):
+app.command(cls=TrainCommand)(train)
+for command in (scale, watch, generate, prepare, data, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cllm_spheres.config import PRESETS, Config, flag
 
+AUTO = "--resume-auto"  # what `--resume auto` becomes
 PANELS = {
     "Run": ("preset", "workers", "spheres", "steps", "epochs", "batch_size", "seed", "stop_at", "dtype"),
     "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout"),
@@ -45,6 +47,19 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
+class TrainCommand(TyperCommand):
+    """Lets --resume stand alone or take the word auto; an option of typer takes a value always or never."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word in args:
+            if word == "auto" and words[-1:] == ["--resume"]:
+                words[-1] = AUTO
+            else:
+                words.append(AUTO if word == "--resume=auto" else word)
+        return super().parse_args(ctx, words)
+
+
 def _varies(name: str) -> bool:
     return any(name in values for values in PRESETS.values())
 
@@ -58,7 +73,13 @@ def train(
     ] = None,
     *,
     run: Annotated[Path | None, typer.Option(help="The folder of the run. Default: a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run, exactly.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --run, exactly. --resume auto begins it where there is none yet."
+        ),
+    ] = False,
+    resume_auto: Annotated[bool, typer.Option(AUTO, hidden=True)] = False,
     exact: Annotated[
         bool,
         typer.Option(
@@ -69,6 +90,15 @@ def train(
         bool,
         typer.Option("--profile", help="Trace a step: profile.md and profile.json in the run's folder, and a table."),
     ] = False,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PHASE:STEP:SPHERE:ACTION",
+            help="See the run survive: kill, stop, segv, nan or slow in forward, backward, barrier, gather, update or"
+            " save of a step. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
     config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE.toml")] = None,
     **options: Any,
@@ -81,7 +111,7 @@ def train(
     """
     from cllm_spheres.training.launch import Launch
 
-    with Launch(None if resume else options) as launch:
+    with Launch(None if resume or resume_auto else options) as launch:
         from cllm_spheres_cli.progress import interruptible, progress_of
         from rich.console import Console
 
@@ -91,8 +121,9 @@ def train(
         given = {name: value for name, value in options.items() if value is not None}
         with interruptible("Nothing was trained."), progress_of(Console(stderr=True)) as progress:
             plan, finished = session.make_plan(
-                data, given, run=run, resume=resume, exact=exact, file=config, progress=progress
-            )
+                data, given, run=run, resume="auto" if resume_auto else resume, exact=exact, file=config, faults=fault,
+                progress=progress,
+            )  # fmt: skip
         if finished:
             print(finished)
             return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cllm_spheres.errors import InputError, Interrupted, RunFailed
 from cllm_spheres.inference.model import Model, load
@@ -39,8 +40,9 @@ def train(
     data: str | Path | None = None,
     *,
     run: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     exact: bool = False,
+    faults: Sequence[str] = (),
     profile: bool = False,
     config: str | Path | None = None,
     quiet: bool = False,
@@ -50,15 +52,16 @@ def train(
 
     data: a prepared folder, or a file or folder of text; None is the embedded corpus. options: the fields of
     `cllm_spheres.config.Config`, such as preset, steps, workers. exact: refuse to resume where other library
-    versions or another CPU may change bits. profile: trace a step into profile.md and
-    profile.json in the run's folder. quiet: print no lines.
+    versions or another CPU may change bits. resume: "auto" begins the run where
+    there is none yet. faults: PHASE:STEP:SPHERE:ACTION each, to see the run survive them. profile: trace a step into
+    profile.md and profile.json in the run's folder. quiet: print no lines.
 
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
     with Launch(None if resume else options) as launch:
         plan, finished = session.make_plan(
-            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config)
+            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config), faults=list(faults)
         )  # fmt: skip
         if finished:
             code, message = 0, finished

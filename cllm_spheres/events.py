@@ -36,13 +36,16 @@ EVENTS = (
     "fingerprint",  # differences: what differs from the run's first numerics
     "profile",  # path, unless it could not be written
     "skip",  # a step whose gradient was not finite, under --on-nonfinite skip; skipped: how many so far
-    "saved",  # path, seconds
+    "saved",  # path, seconds: to write it; copy_s: for which the training waited
+    "unsaved",  # seconds: until the next try, or what was waited in vain
     "best",  # as saved, with val_loss: the lowest so far
     "turned_up",  # validation loss has risen: best_step, best_loss
     "hung",  # worker: it did nothing for too long and is ended
     "lost",  # worker, pid; of the process that starts the workers neither
     "fewer",  # workers: how many are left, where one place lost too many
     "recovered",  # workers, seconds
+    "scaled",  # workers, pinned: on another command's wish
+    "unfired",  # faults on purpose that did not happen
     "stopping",  # signal
     "failed",  # error
     "end",  # reason: "done", "stop_at", "signal"; path of the last checkpoint

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from cllm_spheres import faults
 from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.faults import Fault
+from cllm_spheres.kernels.progress import act
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
@@ -157,16 +159,28 @@ class NodeZero:
         self.memory.sphere_words()[:, M.P_COMPLETE] = 0
         self.memory.updated_words()[:] = 0
 
+    def fire_save(self, step: int) -> None:
+        """A fault that is due while the checkpoint of this step is saved: by Node Zero, to itself."""
+        for words in self.memory.fault_words()[: len(self.job.faults)]:
+            if words[M.F_PHASE] == faults.SAVE and words[M.F_STEP] == step and not words[M.F_FIRED]:
+                words[M.F_FIRED] = 1
+                act(int(words[M.F_ACTION]))
+
     @property
     def faults_left(self) -> list[str]:
         """Faults that have not fired."""
         fired = self.memory.fault_words()[:, M.F_FIRED]
-        return [str(Fault(*fault)) for fault, one in zip(self.job.faults, fired, strict=False) if not one]
+        return [str(Fault(*fault)) for fault, done in zip(self.job.faults, fired, strict=False) if not done]
 
     @property
     def done(self) -> int:
         """The last whole step."""
         return self._get(M.DONE)
+
+    @property
+    def base(self) -> int:
+        """The step whose record stands first in the ring."""
+        return self._get(M.BASE)
 
     @property
     def applied(self) -> int:

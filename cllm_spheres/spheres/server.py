@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +61,18 @@ class Server:
         if jit.is_cold(dtype):
             self.say(status="compiling the kernels, once on this machine: about half a minute")
             # The engine in a process of its own and the kernels in this one: what each compiles, the other finds.
-            engine = subprocess.Popen([sys.executable, "-P", "-c", "import cllm_spheres.spheres.engine"])
+            die = f"from cllm_spheres.spheres.server import die_with; die_with({os.getpid()})"
+            engine = subprocess.Popen([sys.executable, "-P", "-c", f"{die}; import cllm_spheres.spheres.engine"])
             from cllm_spheres.model import dtypes
 
             dtypes.entries(dtype)
             engine.wait()
         from cllm_spheres.spheres import worker
 
-        with tempfile.NamedTemporaryFile() as scratch:
-            scratch.write(bytes(64))
-            scratch.flush()
-            worker.warm(Path(scratch.name), dtype)
+        scratch = os.memfd_create("cllm-spheres-warm", os.MFD_CLOEXEC)  # a file that no death can leave behind
+        os.write(scratch, bytes(64))
+        worker.warm(Path(f"/proc/self/fd/{scratch}"), dtype)
+        os.close(scratch)
         jit.mark_warm(dtype)
         gc.freeze()
         self.warmed.add(dtype)

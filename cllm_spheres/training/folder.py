@@ -26,6 +26,7 @@ from cllm_spheres.training.plan import check_memory, shape_of
 from cllm_spheres.training.start import check_start
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
+NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
 MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
 
 
@@ -39,6 +40,7 @@ class Plan:
     stop_at: int | None = None
     resume: bool = False
     profile: bool = False  # trace a step
+    faults: tuple[str, ...] = ()  # that the run brings upon itself, as faults.Fault spells them
     exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
     notes: tuple[str, ...] = ()  # sentences on what will make the run slow here, for its events
 
@@ -60,7 +62,7 @@ def new_name(preset: str | None) -> Path:
 
 def check_new(run: Path) -> None:
     """InputError where a run cannot be made here; called before the long work of preparing text."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(entry.name != NEW_CONFIG for entry in run.iterdir())):
         hint = f"Continue it with: cllm-spheres train --resume --run {run}. " if (run / "config.toml").exists() else ""
         raise InputError(f"{run} exists already. {hint}Or give another --run.")
     folder = run
@@ -90,7 +92,7 @@ def write_config(run: Path, config: Config, prepared: Prepared, text: str | None
     extra = {"data": str(Path(prepared.folder).resolve()), "data_fingerprint": prepared.fingerprint}
     if text is not None:
         extra["text"] = text
-    temporary = run / ".config.toml.new"
+    temporary = run / NEW_CONFIG
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(to_toml(config.model_copy(update={"stop_at": None, "epochs": None}), extra))
@@ -101,6 +103,11 @@ def write_config(run: Path, config: Config, prepared: Prepared, text: str | None
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def change_config(run: Path, config: Config, prepared: Prepared) -> None:
+    """Write config.toml anew, keeping where the text is."""
+    write_config(run, config, prepared, read_config(run)[1]["text"])
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, Any]]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.fingerprint import differences
-from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.checkpoint.store import SaveFailed, Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.model.layout import Layout
@@ -16,6 +21,7 @@ from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.metrics import Metrics
 from cllm_spheres.training.numerics import fingerprint
+from cllm_spheres.training.saver import BUSY_S, Saver
 
 
 @dataclass
@@ -31,17 +37,32 @@ class Progress:
 
 
 class Keeper:
-    """Saves and restores one run."""
+    """Saves and restores one run. What is saved is copied first; a thread writes it while the training goes on."""
 
     def __init__(
-        self, store: Store, layout: Layout, config: Config, prepared: Prepared, node_zero: NodeZero, metrics: Metrics
+        self, run: Path, layout: Layout, config: Config, prepared: Prepared, node_zero: NodeZero, metrics: Metrics
     ) -> None:
-        self.store, self.layout, self.config, self.prepared = store, layout, config, prepared
+        self.store = Store(run, Disk(self._before))
+        self.layout, self.config, self.prepared = layout, config, prepared
         self.node_zero, self.metrics = node_zero, metrics
+        self._tokenizer = (prepared.folder / "tokenizer.json").read_bytes()  # the folder may vanish meanwhile
+        self._saver = Saver(self._failed)
+        self._copy: dict[str, np.ndarray] = {}
+        self._step = 0  # that is being saved
 
     def save(self, progress: Progress, best: bool = False) -> None:
-        """Save the last whole step; `best` points checkpoints/best to it. Older ones are pruned. SaveFailed."""
+        """Have the last whole step saved; `best` points checkpoints/best to it. Older ones are pruned."""
+        if not self._saver.free():
+            self.metrics.event(
+                "unsaved", f"Step {progress.step:,} is not saved: the disk is still busy with step {self._step:,}.",
+                progress.step, seconds=BUSY_S,
+            )  # fmt: skip
+            return
         began = time.monotonic()
+        for name, buffer in self._buffers().items():
+            if name not in self._copy:
+                self._copy[name] = np.empty_like(buffer)
+            np.copyto(self._copy[name], buffer)
         state = {
             **asdict(progress), "applied": self.node_zero.applied,
             "sequences": progress.step * self.node_zero.job.batch_size, "total_tokens": self.metrics.total_tokens,
@@ -49,33 +70,56 @@ class Keeper:
             "data": self.prepared.fingerprint, "layout": asdict(self.layout.shape),
             "fingerprint": fingerprint(self.node_zero.job.dtype),
         }  # fmt: skip
-        optimizer = {f"{kind}.{name}": view for kind, views in self._moments().items() for name, view in views.items()}
+        self._step = progress.saved = progress.step
+        self._saver.give(partial(self._write, progress.step, best, state, time.monotonic() - began))
+
+    def finish(self) -> None:
+        """Wait until all is saved. SaveFailed where the disk does not take it."""
+        self._saver.finish()
+
+    def _write(self, step: int, best: bool, state: dict[str, Any], copy_s: float) -> None:
+        """One checkpoint, by the saver's thread. SaveFailed."""
+        began = time.monotonic()
+        views = {name: self.layout.views(buffer) for name, buffer in self._copy.items()}
+        model = views.pop("params")
+        optimizer = {f"{kind}.{name}": view for kind, tensors in views.items() for name, view in tensors.items()}
         path = self.store.save(
-            progress.step, self.layout.views(self.node_zero.memory.params), optimizer, state,
-            huggingface_config(self.config, self.prepared.eot), self.prepared.folder / "tokenizer.json",
-        )  # fmt: skip
-        progress.saved = progress.step
+            step, model, optimizer, state, huggingface_config(self.config, self.prepared.eot), self._tokenizer
+        )
         if best:
-            self.store.mark_best(progress.step)
+            self.store.mark_best(step)
         self.store.prune(self.config.keep)
         seconds = time.monotonic() - began
         self.metrics.event(
             "best" if best else "saved",
-            f"Saved step {progress.step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
-            progress.step, path=str(path), seconds=seconds, val_loss=progress.best_loss,
+            f"Saved step {step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
+            step, path=str(path), seconds=seconds, copy_s=copy_s, val_loss=state["best_loss"],
         )  # fmt: skip
+
+    def _failed(self, error: SaveFailed, again_s: float) -> None:
+        """Told by the saver's thread; the training goes on."""
+        self.metrics.event(
+            "unsaved", f"{error} The training goes on; the next try comes in {again_s:.0f} s.", self._step,
+            seconds=again_s,
+        )  # fmt: skip
+
+    def _before(self, operation: str, *paths: Path) -> None:
+        """Before each change on disk: a fault on purpose comes when the first file has been written."""
+        if operation == "sync":
+            self.node_zero.fire_save(self._step)
 
     def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
         """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.
 
         Where the numerics are not the checkpoint's, an event says so; with `exact` that is an InputError.
         """
-        params, moments, state = self.layout.views(self.node_zero.memory.params), self._moments(), checkpoint.state
+        state = checkpoint.state
+        views = {name: self.layout.views(buffer) for name, buffer in self._buffers().items()}
         for name, tensor in checkpoint.model_tensors():
-            params[name][...] = tensor
+            views["params"][name][...] = tensor
         for name, tensor in checkpoint.optimizer_tensors():
             kind, _, tensor_name = name.partition(".")
-            moments[kind][tensor_name][...] = tensor
+            views[kind][tensor_name][...] = tensor
         self.metrics.total_tokens, self.metrics.skipped = state["total_tokens"], state["step"] - state["applied"]
         changed = differences(state["fingerprint"], fingerprint(self.node_zero.job.dtype))
         if changed and exact:
@@ -93,10 +137,11 @@ class Keeper:
         )
         return progress, state["applied"]
 
-    def _moments(self) -> dict[str, Any]:
+    def _buffers(self) -> dict[str, np.ndarray]:
+        """What a checkpoint holds, as it lies in shared memory."""
         memory = self.node_zero.memory
-        kinds = {"moments": memory.moments} | ({"squares": memory.squares} if memory.sizes.has_squares else {})
-        return {kind: self.layout.views(buffer) for kind, buffer in kinds.items()}
+        squares = {"squares": memory.squares} if memory.sizes.has_squares else {}
+        return {"params": memory.params, "moments": memory.moments, **squares}
 
 
 def huggingface_config(config: Config, eot: int) -> dict[str, Any]:

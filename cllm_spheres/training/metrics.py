@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,21 @@ from cllm_spheres.events import dumps, event
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
 
+MOST_WAITING = 64_000_000  # bytes that may wait for a disk to take them again: hours of most runs
+
 
 class Metrics:
-    """Appends records to metrics.jsonl and counts the run's tokens."""
+    """Appends records to metrics.jsonl and counts the run's tokens; any thread may write.
 
-    def __init__(self, path: Path, *, total_tokens: int = 0) -> None:
+    What a full disk does not take waits in memory, and is written when it can be.
+    """
+
+    def __init__(self, path: Path, *, total_tokens: int = 0, status: Callable[[str], None] = lambda text: None) -> None:
+        """status: told when the disk refuses, and "" when it takes again."""
         self.path = path
+        self._status, self._refused = status, ""
+        self._waiting = bytearray()
+        self._lock = threading.Lock()
         self.total_tokens = total_tokens
         self.skipped = 0
         self._previous_end_ns = time.monotonic_ns()
@@ -34,13 +45,34 @@ class Metrics:
             raise RunFailed(f"{path} cannot be written: {error.strerror}.") from None
 
     def write(self, *records: dict[str, Any]) -> None:
-        """Append records; RunFailed where the disk refuses."""
-        rest = memoryview("".join(dumps(record) + "\n" for record in records).encode())
+        """Append records. RunFailed where so many wait already that the disk will hardly take them any more."""
+        with self._lock:
+            self._waiting += "".join(dumps(record) + "\n" for record in records).encode()
+            self._flush()
+            if len(self._waiting) > MOST_WAITING:
+                raise RunFailed(self._refusal())
+
+    def finish(self) -> None:
+        """The last try. RunFailed where lines are lost."""
+        with self._lock:
+            self._flush()
+            if self._waiting:
+                raise RunFailed(self._refusal())
+
+    def _flush(self) -> None:
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
-            raise RunFailed(f"{self.path} cannot be written: {error.strerror}. Checkpoints are intact.") from None
+            self._refused = error.strerror or str(error)
+            self._status(self._refusal())
+        if self._refused and not self._waiting:
+            self._refused = ""
+            self._status("")
+
+    def _refusal(self) -> str:
+        lines = self._waiting.count(b"\n")
+        return f"{self.path} cannot be written: {self._refused}. {lines:,} lines wait in memory."
 
     def event(self, name: str, message: str, step: int, **fields: Any) -> None:
         """Append an event."""
@@ -50,9 +82,9 @@ class Metrics:
         """The next step's `seconds` count from now."""
         self._previous_end_ns = time.monotonic_ns()
 
-    def steps(self, node_zero: NodeZero, first: int, after: int) -> int:
-        """Write the steps after `after` that are done, of a command that began with `first`; the last one done."""
-        done = node_zero.done
+    def steps(self, node_zero: NodeZero, after: int) -> int:
+        """Write the steps of the last command that are done, after step `after`; the last one done."""
+        done, first = node_zero.done, node_zero.base
         if done <= after:
             return after
         words, doubles = node_zero.memory.ring_words(), node_zero.memory.ring_doubles()

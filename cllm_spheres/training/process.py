@@ -12,10 +12,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import Interrupted, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
+
+if TYPE_CHECKING:
+    from cllm_spheres.checkpoint.checkpoint import Checkpoint
+    from cllm_spheres.training.trainer import Trainer
 
 
 def say(**message: Any) -> None:
@@ -48,7 +52,7 @@ def run_training(server: Server) -> dict[str, Any]:
         checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
         trainer = Trainer(
             run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"], profile=order["profile"],
-            status=lambda text: say(status=text), server=server,
+            faults=order["faults"], status=lambda text: say(status=text), server=server,
         )  # fmt: skip
         at = checkpoint.step if checkpoint else 0
         for reason in refused:
@@ -60,30 +64,34 @@ def run_training(server: Server) -> dict[str, Any]:
                 "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,
                 steps=config.steps,
             )  # fmt: skip
+        outcome = _outcome(trainer, checkpoint, order["exact"])
         try:
-            reason = trainer.train(checkpoint, exact=order["exact"])
-        except Interrupted as error:
-            resume = f"Go on with: cllm-spheres train --resume --run {run}"
-            with contextlib.suppress(RunFailed):  # a full disk: what is saved is saved
-                trainer.metrics.event("end", f"{error} {resume}", trainer.step, reason="signal")
-            return {"code": error.exit_code, "message": f"{error}\n{resume}"}
-        except SpheresError as error:
-            last = max(trainer.store.steps(), default=None)
-            saved = (
-                "No checkpoint had been saved."
-                if last is None
-                else f"The last checkpoint is {trainer.store.path(last)}."
-            )
-            go_on = f"Go on with: cllm-spheres train --resume --run {run}"
-            message = f"{type(error).__name__}: {error}\n{saved}\n{go_on}"
-            with contextlib.suppress(RunFailed):
-                trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
-            return {"code": error.exit_code, "message": message}
-        path = trainer.store.path(trainer.step)
-        trainer.metrics.event(
-            "end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path)
-        )
-        return {"code": 0, "message": f"Ended at step {trainer.step:,}. The run is in {run}"}
+            trainer.metrics.finish()
+        except RunFailed as error:
+            outcome = {"code": outcome["code"] or 1, "message": f"{outcome['message']}\n{error} They are lost."}
+        return outcome
+
+
+def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> dict[str, Any]:
+    """Train to the end, whichever it is, and write down how it came."""
+    run, store = trainer.run, trainer.keeper.store
+    go_on = f"Go on with: cllm-spheres train --resume --run {run}"
+    try:
+        reason = trainer.train(checkpoint, exact=exact)
+    except Interrupted as error:
+        with contextlib.suppress(RunFailed):  # a full disk: what is saved is saved
+            trainer.metrics.event("end", f"{error} {go_on}", trainer.step, reason="signal")
+        return {"code": error.exit_code, "message": f"{error}\n{go_on}"}
+    except SpheresError as error:
+        last = max(store.steps(), default=None)
+        saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {store.path(last)}."
+        message = f"{type(error).__name__}: {error}\n{saved}\n{go_on}"
+        with contextlib.suppress(RunFailed):
+            trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
+        return {"code": error.exit_code, "message": message}
+    path = store.path(trainer.step)
+    trainer.metrics.event("end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path))
+    return {"code": 0, "message": f"Ended at step {trainer.step:,}. The run is in {run}"}
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cllm_spheres.config import merge, read_toml
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.config import Config, merge, read_toml
 from cllm_spheres.errors import InputError
+from cllm_spheres.faults import parse
 from cllm_spheres.text.embedded import minimal_text
 from cllm_spheres.text.folder import is_prepared
 from cllm_spheres.text.prepared import Prepared, prepare_cached
@@ -30,25 +32,51 @@ def make_plan(
     options: dict[str, Any],
     *,
     run: Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     exact: bool = False,
     file: Path | None = None,
+    faults: list[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, str | None]:
     """A new run, or one that goes on; the second value is a sentence where there is nothing left to do.
 
-    InputError where it cannot work; nothing is left behind then.
+    resume: "auto" is whichever of the two the folder `run` asks for. InputError where it cannot work; nothing is left
+    behind then.
     """
+    if resume == "auto":
+        if run is None:
+            raise InputError("--resume auto needs --run: the same folder each time.")
+        resume = (run / "config.toml").is_file()
+        if resume:
+            options, file = _as_given(options, file), None
+        exact = exact and resume
     if not resume:
         if exact:
             raise InputError("--exact is for --resume: a new run has nothing to differ from.")
-        return new_run(data, options, run=run, file=file, progress=progress), None
+        return new_run(data, options, run=run, file=file, faults=faults, progress=progress), None
     if run is None:
         raise InputError("--resume needs --run: which run shall go on?")
     if file is not None:
         raise InputError("--resume takes its configuration from the run: leave --config out.")
     merge(options)  # names unknown options and values out of range
-    return resumed_run(run, options, data=data, exact=exact, progress=progress)
+    plan, finished = resumed_run(run, options, data=data, exact=exact, progress=progress)
+    first = max(Store(run).steps(), default=0) + 1
+    return replace(plan, faults=_faults(faults, plan.config, first, plan.stop_at)), finished
+
+
+def _faults(texts: list[str] | None, config: Config, first: int, stop_at: int | None) -> tuple[str, ...]:
+    """Those that a run can have."""
+    if not texts:
+        return ()
+    assert config.spheres and config.steps
+    return tuple(map(str, parse(texts, config.spheres, first, stop_at or config.steps)))
+
+
+def _as_given(options: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """The options with which a run was begun, to be compared with its own; those that it resolves are left out."""
+    config, names = merge(options, file)
+    resolved = {"epochs"} | ({"dtype"} if config.dtype == "auto" else set())
+    return {name: getattr(config, name) for name in names - resolved if getattr(config, name) is not None}
 
 
 def new_run(
@@ -57,6 +85,7 @@ def new_run(
     *,
     run: Path | None,
     file: Path | None,
+    faults: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Check everything, prepare the text, make the run folder. InputError leaves nothing behind."""
@@ -73,9 +102,10 @@ def new_run(
     if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
+    chosen = _faults(faults, resolved, 1, config.stop_at)
     notes = check_start(resolved, prepared, run)
     folder.create(run, resolved, prepared, _raw(source))
-    return Plan(run, resolved, prepared, config.stop_at, notes=notes)
+    return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 
 
 def prepare_data(

@@ -22,12 +22,12 @@ from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import make_job
 from cllm_spheres.units import size
 
-# Open files, counted in /proc/PID/fd with 2 and with 63 workers. Node Zero: 10 or 11, one a worker, one for each core
+# Open files, counted in /proc/PID/fd with 2 and with 63 workers. Node Zero: 12, one a worker, one for each core
 # that it holds; while it chooses cores it holds all that are usable for a moment. The server: 5 and one a worker.
 # The rest of the 40 is head-room for a checkpoint being written and for a second server after a loss.
 FILES = 40
-# Processes and threads besides the workers: Node Zero's 4, the server, one that compiles beside it, the command's 4.
-TASKS = 12
+# Processes and threads besides the workers: Node Zero's 6, the server, one that compiles beside it, the command's 4.
+TASKS = 14
 # Address space besides shared memory and arena: the peak of Node Zero, which maps most.
 ADDRESS_BYTES = 740_000_000
 SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most

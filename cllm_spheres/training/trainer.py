@@ -7,17 +7,17 @@ for each stretch of steps up to the next evaluation or checkpoint:
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
-import numpy as np
-
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
-from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.checkpoint.store import SaveFailed
 from cllm_spheres.config import Config
-from cllm_spheres.errors import Interrupted, NonFinite
+from cllm_spheres.errors import InputError, Interrupted, NonFinite, RunFailed
+from cllm_spheres.faults import parse
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
@@ -25,10 +25,13 @@ from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.spheres.serving import Server
 from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.control import Control, Wish
 from cllm_spheres.training.evaluation import Windows
+from cllm_spheres.training.folder import change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
-from cllm_spheres.training.plan import make_job
+from cllm_spheres.training.nonfinite import explain_nonfinite
+from cllm_spheres.training.plan import check_workers, make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
@@ -44,7 +47,7 @@ class Trainer:
 
     def __init__(
         self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int, profile: bool,
-        status: Callable[[str], None], server: Server | None = None,
+        faults: list[str], status: Callable[[str], None], server: Server | None = None,
     ) -> None:  # fmt: skip
         self.run, self.config, self.prepared = run, config, prepared
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
@@ -52,19 +55,20 @@ class Trainer:
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
         self.layout = Layout(make_job(config, prepared).shape)
-        self.store = Store(run)
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
-        self.metrics = Metrics(run / "metrics.jsonl")
+        self.metrics = Metrics(run / "metrics.jsonl", status=status)
         job = make_job(config, prepared)
+        job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, 1, self.steps)])
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
         self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
-        self.keeper = Keeper(self.store, self.layout, config, prepared, self.node_zero, self.metrics)
+        self.keeper = Keeper(run, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
         self._began = time.monotonic()
-        self.wishes = Wishes(launcher, self._wish_to_stop)
+        self.wishes = Wishes(launcher, self._pause)
+        self.control = Control(run, self._pause)
 
     @property
     def step(self) -> int:
@@ -85,13 +89,33 @@ class Trainer:
                 if self.wishes.number and self.step < self.last:
                     self._stop()
                 if self.step >= self.last:
-                    return "done" if self.step >= self.steps else "stop_at"
+                    return self._end()
+                if wish := self.control.take():
+                    self._fulfil(wish)
                 self._stretch(self._next_boundary())
-        except BaseException:
-            self.node_zero.kill()
+        except BaseException as error:
+            self._save_what_is_whole(error)
             raise
         finally:
             self.node_zero.close()
+
+    def _end(self) -> str:
+        """All steps are done: wait for what is still being saved."""
+        self.keeper.finish()
+        if left := self.node_zero.faults_left:
+            self.metrics.event("unfired", f"These faults did not happen: {', '.join(left)}.", self.step, faults=left)
+        return "done" if self.step >= self.steps else "stop_at"
+
+    def _save_what_is_whole(self, error: BaseException) -> None:
+        """The run fails: end the workers, and save the last step that is whole, where that can be."""
+        self.node_zero.kill()
+        with contextlib.suppress(RunFailed):  # there is a reason to tell already
+            worth_it = isinstance(error, RunFailed) and not isinstance(error, NonFinite | SaveFailed)
+            if worth_it and self.node_zero.close_gate():
+                self.progress.step = self.metrics.steps(self.node_zero, self.step)
+                if self.step and self.progress.saved != self.step:
+                    self.keeper.save(self.progress)
+            self.keeper.finish()
 
     def _start(self, checkpoint: Checkpoint | None, exact: bool) -> None:
         job, config = self.node_zero.job, self.config
@@ -126,7 +150,7 @@ class Trainer:
 
     def _headline(self, checkpoint: Checkpoint | None) -> str:
         job = self.node_zero.job
-        goes_on = f"Resumed at step {checkpoint.step}. " if checkpoint else ""
+        goes_on = f"Resumed at step {checkpoint.step} from {checkpoint.path.name}. " if checkpoint else ""
         return (
             f"{goes_on}{job.workers} workers, {job.spheres} spheres, batch {job.batch_size} x {job.shape.block_size}"
             f" tokens; {self.layout.num_parameters:,} parameters, vocabulary {job.shape.vocab_size:,};"
@@ -159,21 +183,23 @@ class Trainer:
         memory = self.node_zero.memory
         memory.doubles(memory.regions.rates, len(rates))[:] = rates
         self.node_zero.give(M.STEPS, first, until + 1)
+        if self.wishes.number or self.control.wish:  # it came before the command, which took it back
+            self._pause()
         while not self.node_zero.finished():
             self.node_zero.wait_for_bell()
-            self._watch(first)
+            self._watch()
             if self.wishes.number:
                 self._say_stopping()
                 if time.monotonic() - self.wishes.at > STEP_ENDS_WITHIN_S:
-                    self._drop_step(first)
-        self._watch(first)
+                    self._drop_step()
+        self._watch()
         if self.node_zero.halt == M.HALT_NONFINITE:
-            raise NonFinite(self._explain_nonfinite())
+            raise NonFinite(explain_nonfinite(self.node_zero.memory, self.layout, self.step + 1))
         if self.wishes.number:
             self._stop()
 
-    def _watch(self, first: int) -> None:
-        self.progress.step = self.metrics.steps(self.node_zero, first, self.step)
+    def _watch(self) -> None:
+        self.progress.step = self.metrics.steps(self.node_zero, self.step)
         if record := self.sampler.sample(self.step):
             self.metrics.write(record)
         self.node_zero.check()
@@ -241,9 +267,33 @@ class Trainer:
             )  # fmt: skip
         return False
 
+    # ---- another number of workers
+
+    def _fulfil(self, wish: Wish) -> None:
+        """Between two steps: have as many workers as another command asks for."""
+        before, workers = self.node_zero.job.workers, wish.message.get("workers")
+        try:
+            check_workers(workers, self.node_zero.job)
+            assert isinstance(workers, int)
+            if workers != before:
+                self.node_zero.resize(workers)
+        except InputError as error:
+            wish.answer(error=str(error))
+            return
+        except BaseException:
+            wish.answer(error="The run failed meanwhile.")
+            raise
+        message = f"{workers} workers from step {self.step + 1:,} on, {before} before. The bits stay the same."
+        self.metrics.event("scaled", message, self.step, workers=workers, pinned=bool(self.node_zero.job.cores))
+        wish.answer(message=message)
+        self.config = self.config.model_copy(update={"workers": workers})
+        with contextlib.suppress(OSError):  # a full disk: a resume has the old number then
+            change_config(self.run, self.config, self.prepared)
+
     # ---- stopping
 
-    def _wish_to_stop(self) -> None:
+    def _pause(self) -> None:
+        """Called by other threads, when somebody wishes something: no further step begins."""
         self.node_zero.request_stop()
         self.node_zero.ring_bell()
 
@@ -270,11 +320,12 @@ class Trainer:
             self.node_zero.kill()
         if self.step and self.progress.saved != self.step:
             self.keeper.save(self.progress)
+        self.keeper.finish()
         number = self.wishes.number
         saved = f"Saved step {self.step}." if self.step else "No step was finished yet."
         raise Interrupted(f"Stopped by {self.wishes.name}. {saved}", number)
 
-    def _drop_step(self, first: int) -> None:
+    def _drop_step(self) -> None:
         """Give up a step that does not end in time, before its update; a resume computes it again exactly."""
         if not self.node_zero.close_gate():
             # An update is being applied, which is quick: it is whole before we look again, unless a worker is stopped.
@@ -285,25 +336,5 @@ class Trainer:
                 )  # fmt: skip
             return
         self.node_zero.kill()
-        self.progress.step = self.metrics.steps(self.node_zero, first, self.step)
+        self.progress.step = self.metrics.steps(self.node_zero, self.step)
         self._stop()
-
-    def _explain_nonfinite(self) -> str:
-        """Which sphere and which tensor were the first that were not finite, read from the segments."""
-        memory, step = self.node_zero.memory, self.step + 1
-        advice = (
-            " Often the learning rate is too high: try a smaller --lr or a longer --warmup;"
-            " --on-nonfinite skip leaves such steps out."
-        )
-        for name, view in self.layout.views(memory.params).items():
-            if not np.isfinite(view).all():
-                return f"Step {step}: the weights themselves are not finite, first in {name}." + advice
-        losses = memory.sphere_words().view(np.float64)[:, M.P_LOSS]
-        for sphere in range(memory.sizes.num_spheres):
-            for name, view in self.layout.views(memory.segment(sphere)).items():
-                if not np.isfinite(view).all():
-                    return (
-                        f"Step {step}: the gradient of sphere {sphere} is not finite, first in {name}"
-                        f" (its loss is {losses[sphere]:.6g})." + advice
-                    )
-        return f"Step {step}: the gradient's norm is not finite, though every segment is: it is too large." + advice

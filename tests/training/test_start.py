@@ -71,11 +71,11 @@ def test_a_pinned_worker_takes_two_files_and_choosing_cores_takes_one_for_each()
 def test_too_few_processes_are_refused_with_the_limit_and_what_would_fit(machine):
     machine(workers=63, tasks=(40, "the control group's pids.max of 100"))
     with pytest.raises(
-        InputError, match=r"are 75, and 40 more are allowed by the control group's pids.max of 100"
+        InputError, match=r"are 77, and 40 more are allowed by the control group's pids.max of 100"
     ) as refused:
         machine.check()
-    assert "or try --workers 28 --spheres 63" in str(refused.value)
-    machine(workers=28, spheres=63, tasks=(40, "anything"))
+    assert "or try --workers 26 --spheres 63" in str(refused.value)
+    machine(workers=26, spheres=63, tasks=(40, "anything"))
     assert machine.check()
     machine(workers=2, tasks=(5, "anything"))
     with pytest.raises(InputError, match=r"Raise that limit, end other programs\.$"):
