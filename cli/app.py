@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from cllm_spheres_cli.bench import bench
 from cllm_spheres_cli.data import data
+from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.scale import scale
@@ -44,7 +45,7 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, generate, prepare, data):
+for command in (scale, watch, generate, prepare, data, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -74,8 +74,8 @@ def cpu_quota() -> float | None:
     return min(quotas, default=None)
 
 
-def usable_cores() -> list[int]:
-    """One logical CPU of each physical core that this process may use, cut to the cgroup quota; at least one."""
+def allowed_cores() -> list[int]:
+    """One logical CPU of each physical core that the affinity of this process names."""
     cores: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         try:
@@ -83,8 +83,12 @@ def usable_cores() -> list[int]:
         except OSError:
             siblings = str(cpu)
         cores.setdefault(siblings, cpu)
-    quota = cpu_quota()
-    chosen = list(cores.values())
+    return list(cores.values())
+
+
+def usable_cores() -> list[int]:
+    """One logical CPU of each physical core that this process may use, cut to the cgroup quota; at least one."""
+    quota, chosen = cpu_quota(), allowed_cores()
     return chosen if quota is None else chosen[: max(1, int(quota))]
 
 
@@ -100,6 +104,27 @@ def available_memory() -> int:
             if most is not None and now is not None:
                 available.append(most - now + (_statistic(folder / "memory.stat", reclaimable) or 0))
     return max(0, min(available))
+
+
+def memory_group() -> tuple[int, int] | None:
+    """(limit, used) in bytes of the cgroup that leaves the least memory; None where no cgroup limits it."""
+    limits = []
+    for folder in _cgroup_folders("memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None and most < psutil.virtual_memory().total:
+                limits.append((most, now))
+    return min(limits, key=lambda pair: pair[0] - pair[1], default=None)
+
+
+def task_limit() -> tuple[int, int] | None:
+    """(limit, used) of processes and threads in the cgroup that leaves the fewest; None where no cgroup limits them."""
+    limits = []
+    for folder in _cgroup_folders("pids"):
+        most, now = _number(folder / "pids.max"), _number(folder / "pids.current")
+        if most is not None and now is not None:
+            limits.append((most, now))
+    return min(limits, key=lambda pair: pair[0] - pair[1], default=None)
 
 
 def _statistic(path: Path, name: str) -> int | None:

@@ -42,9 +42,9 @@ def rate(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes: '512 MB', '9.1 GB'."""
+    """Bytes: '24 kB', '512 MB', '9.1 GB'."""
     if value is None:
         return "–"
     if value >= 999.5e6:
         return f"{value / 1e9:.1f} GB"
-    return f"{value / 1e6:.0f} MB"
+    return f"{value / 1e3:.0f} kB" if 0 < value < 999.5e3 else f"{value / 1e6:.0f} MB"

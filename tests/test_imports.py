@@ -14,13 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports from lower levels, and from its own folder.
 LEVELS = [
-    {"errors", "config", "events", "faults", "machine", "units"},
+    {"errors", "config", "events", "faults", "limits", "machine", "units"},
     {"crystal", "text"},
     {"kernels"},
     {"model"},
     {"checkpoint"},
     {"spheres"},
     {"training"},
+    {"doctor"},
     {"inference"},
     {"watch"},
     {"crawl", "web"},
@@ -29,8 +30,8 @@ LEVELS = [
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 WITHIN_A_LEVEL = {
-    ("config", "errors"), ("faults", "errors"), ("machine", "errors"), ("text", "crystal"), ("__init__", "api"),
-    ("__main__", "api"),
+    ("config", "errors"), ("faults", "errors"), ("limits", "machine"), ("machine", "errors"), ("text", "crystal"),
+    ("__init__", "api"), ("__main__", "api"),
 }  # fmt: skip
 HEAVY = ("numba", "llvmlite", "rich", "typer", "pydantic", "tokenizers", "scipy_openblas32", "psutil")
 

@@ -33,7 +33,7 @@ def groups(tmp_path, monkeypatch):
             return real(listing if str(path) == "/proc/self/cgroup" else path, *args, **kwargs)
 
         monkeypatch.setattr(Path, "read_text", read_text)
-        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GB))
+        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GB, total=99 * GB))
         monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(1000, 1008)))
 
     return make
@@ -43,6 +43,7 @@ def test_without_limits_everything_is_there(groups):
     groups("0::/\n", {})
     assert machine.cpu_quota() is None
     assert machine.available_memory() == 64 * GB
+    assert machine.memory_group() is None and machine.task_limit() is None
     assert machine.usable_cores() == list(range(1000, 1008))  # these have no topology: each counts as a core
 
 
@@ -57,17 +58,23 @@ def test_version_2_the_tightest_limit_on_the_way_up_counts(groups, folder):
             f"{folder}pod/memory.current": "3000000000\n",
             f"{folder}pod/memory.stat": "anon 1\ninactive_file 1000000000\nfile 7\n",
             f"{folder}pod/container/memory.max": "max\n",
+            f"{folder}pod/pids.max": "1000\n",
+            f"{folder}pod/pids.current": "990\n",
+            f"{folder}pod/container/pids.max": "100\n",
+            f"{folder}pod/container/pids.current": "7\n",
             f"{folder}pod/container/memory.current": "1\n",
         },
     )
     assert machine.cpu_quota() == 2.5
     assert machine.usable_cores() == [1000, 1001]
     assert machine.available_memory() == 6 * GB  # what the page cache holds can be had back
+    assert machine.memory_group() == (8 * GB, 3 * GB)
+    assert machine.task_limit() == (1000, 990)
 
 
 def test_version_1_controllers_have_folders_of_their_own(groups):
     groups(
-        "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n",
+        "5:pids:/docker/abc\n4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n",
         {
             "cpu/docker/abc/cpu.cfs_quota_us": "350000\n",
             "cpu/docker/abc/cpu.cfs_period_us": "100000\n",
@@ -78,11 +85,17 @@ def test_version_1_controllers_have_folders_of_their_own(groups):
             "memory/docker/abc/memory.stat": "total_inactive_file 250000000\n",
             "memory/memory.limit_in_bytes": "9223372036854771712\n",
             "memory/memory.usage_in_bytes": "5000000000\n",
+            "pids/docker/abc/pids.max": "50\n",
+            "pids/docker/abc/pids.current": "20\n",
+            "pids/pids.max": "max\n",
+            "pids/pids.current": "20\n",
         },
     )
     assert machine.cpu_quota() == 3.5
-    assert machine.usable_cores() == [1000, 1001, 1002]
+    assert machine.usable_cores() == [1000, 1001, 1002] and len(machine.allowed_cores()) == 8
     assert machine.available_memory() == 750_000_000
+    assert machine.memory_group() == (4 * GB, 3_500_000_000)
+    assert machine.task_limit() == (50, 20)
 
 
 def test_inside_a_container_the_own_limit_stands_at_the_top(groups):

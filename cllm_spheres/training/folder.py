@@ -23,6 +23,7 @@ from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.events import read
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, shape_of
+from cllm_spheres.training.start import check_start
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
@@ -41,6 +42,7 @@ class Plan:
     profile: bool = False  # trace a step
     faults: tuple[str, ...] = ()  # that the run brings upon itself, as faults.Fault spells them
     exact: bool = False  # refuse to resume where the numerics are not the checkpoint's
+    notes: tuple[str, ...] = ()  # sentences on what will make the run slow here, for its events
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -170,9 +172,11 @@ def plan_resume(
     if config.warmup is not None and config.warmup >= horizon:
         update["warmup"] = horizon // 10
     config = build(config.model_dump() | update)
+    notes: tuple[str, ...] = ()
     if not finished:
         check_memory(config, prepared, resume=True)
-    return Plan(run, config, prepared, stop_at, resume=True), finished
+        notes = check_start(config, prepared, run)
+    return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
 
 
 def _evaluated(run: Path, step: int) -> bool:

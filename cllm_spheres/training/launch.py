@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.config import DEFAULT_PRESET, PRESETS
+from cllm_spheres.limits import raised_files
 from cllm_spheres.spheres.serving import clean_environment
 from cllm_spheres.training.signals import STOP_SIGNALS
 
@@ -47,10 +48,11 @@ class Launch:
         # Blocked here, the signals are blocked in the child from its first instruction on.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cllm_spheres.training.process", *_likely(options)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
-            )  # fmt: skip
+            with raised_files():
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "cllm_spheres.training.process", *_likely(options)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
+                )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._read_errors)]

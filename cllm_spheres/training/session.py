@@ -22,6 +22,7 @@ from cllm_spheres.training import folder
 from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.launch import Launch
 from cllm_spheres.training.plan import check_shape, places, resolve
+from cllm_spheres.training.start import check_start
 
 Progress = Callable[[str, float, float], None]
 
@@ -102,8 +103,9 @@ def new_run(
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
     chosen = _faults(faults, resolved, 1, config.stop_at)
+    notes = check_start(resolved, prepared, run)
     folder.create(run, resolved, prepared, _raw(source))
-    return Plan(run, resolved, prepared, config.stop_at, faults=chosen)
+    return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 
 
 def prepare_data(

@@ -71,6 +71,9 @@ CASES = {
         ["--temperature -1.0", "--top-k 0", "--top-p 2.0", "--tokens 0"],
     ),
     "watch nothing": ("watch nowhere", ["nowhere does not exist"]),
+    "doctor of no preset": ("doctor --preset smal", ["There is no preset 'smal': did you mean 'small'?"]),
+    "doctor of too many": ("doctor --workers 5 --spheres 4", ["5 workers are more than --spheres 4"]),
+    "doctor of no dtype": ("doctor --dtype fp8", ["--dtype cannot be 'fp8'"]),
     "data of nothing": ("data nowhere", ["There is no prepared folder nowhere"]),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ OPTIONS = {
     "data": "",
     "generate": "--prompt --tokens --temperature --top-k --top-p --seed --checkpoint",
     "watch": "--plain --once --svg",
+    "doctor": "--preset --spheres --workers --dtype --run --json",
 }
 
 

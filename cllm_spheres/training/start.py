@@ -1,0 +1,156 @@
+"""A job and this machine -> an InputError where the run cannot work here, and sentences on what will make it slow.
+
+Light enough to precede every run: nothing is compiled, nothing is written.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+from pathlib import Path
+
+from cllm_spheres import limits
+from cllm_spheres.config import Config
+from cllm_spheres.crystal import cpu
+from cllm_spheres.errors import InputError
+from cllm_spheres.machine import allowed_cores, cpu_quota, usable_cores
+from cllm_spheres.model import dtypes
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.spheres.job import Job
+from cllm_spheres.spheres.memory import Regions
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.plan import make_job
+from cllm_spheres.units import size
+
+# Open files, counted in /proc/PID/fd with 2 and with 63 workers. Node Zero: 12, one a worker, one for each core
+# that it holds; while it chooses cores it holds all that are usable for a moment. The server: 5 and one a worker.
+# The rest of the 40 is head-room for a checkpoint being written and for a second server after a loss.
+FILES = 40
+# Processes and threads besides the workers: Node Zero's 6, the server, one that compiles beside it, the command's 4.
+TASKS = 14
+# Address space besides shared memory and arena: the peak of Node Zero, which maps most.
+ADDRESS_BYTES = 740_000_000
+SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most
+
+
+def check_start(config: Config, prepared: Prepared, run: Path) -> tuple[str, ...]:
+    """Sentences on what will be slow or scarce; InputError with the numbers where the run cannot work here."""
+    job = make_job(config, prepared)
+    check_files(job)
+    check_tasks(job)
+    check_address_space(job)
+    tokenizer = prepared.folder / "tokenizer.json"
+    needed = checkpoint_bytes(job) + (tokenizer.stat().st_size if tokenizer.exists() else 0)
+    return (*slow(job, config.dtype), *check_disk(run, needed))
+
+
+def files_needed(workers: int, cores: int) -> int:
+    """Descriptors that Node Zero may have open at once; no other process of a run has more."""
+    return FILES + (workers if workers > cores else max(cores, 2 * workers))
+
+
+def check_files(job: Job) -> None:
+    """InputError where the hard limit of open files is too low; the soft one is raised when Node Zero is started."""
+    cores, most = len(usable_cores()), limits.most_files()
+    needed = files_needed(job.workers, cores)
+    if most is None or needed <= most:
+        return
+    fitting = [workers for workers in range(1, job.workers) if files_needed(workers, cores) <= most]
+    fewer = f" Or try {_fewer(job, fitting[-1])}." if fitting else ""
+    raise InputError(
+        f"Too few open files: {_workers(job)} {'need' if job.workers > 1 else 'needs'} up to {needed} in one process,"
+        f" and {most} are allowed (ulimit -Hn). Raise the limit to {needed} or more: nofile in"
+        f" /etc/security/limits.conf, LimitNOFILE= of systemd, --ulimit nofile={needed} of docker run.{fewer}"
+    )
+
+
+def tasks_needed(job: Job) -> int:
+    """Processes and threads of a run."""
+    return job.workers + TASKS
+
+
+def check_tasks(job: Job) -> None:
+    """InputError where so many processes may not be started."""
+    needed = tasks_needed(job)
+    left = limits.tasks_left(needed)
+    if left is None or needed <= left[0]:
+        return
+    fitting = left[0] - TASKS
+    fewer = f", or try {_fewer(job, fitting)}" if fitting >= 1 else ""
+    raise InputError(
+        f"Too few processes: {_workers(job)} and their helpers are {needed}, and {max(0, left[0])} more are allowed by"
+        f" {left[1]}. Raise that limit, end other programs{fewer}."
+    )
+
+
+def address_bytes(job: Job) -> int:
+    """What a process of a run maps, at least."""
+    geometry = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
+    return Regions(job.sizes).total + 4 * geometry.arena_floats + ADDRESS_BYTES
+
+
+def check_address_space(job: Job) -> None:
+    """InputError where a process may not map what it needs."""
+    most, needed = limits.read(resource.RLIMIT_AS)[0], address_bytes(job)
+    if most is not None and needed > most:
+        raise InputError(
+            f"Too little address space: each process of this run maps {size(needed)}, and {size(most)} are allowed"
+            f" (ulimit -v). Lift that limit: ulimit -v unlimited. Or try fewer --spheres."
+        )
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Of weights, moments and small files."""
+    return Layout(job.shape).num_parameters * 4 * (3 if job.optimizer == "adamw" else 2) + SMALL_FILES_BYTES
+
+
+def check_disk(run: Path, needed: int) -> list[str]:
+    """A sentence where only one checkpoint of `needed` bytes fits; InputError where none does or may be written."""
+    folder = limits.existing(run)
+    if reason := limits.unwritable(folder):
+        raise InputError(f"The run cannot be written: {reason}. Give another --run, or make that one writable.")
+    inside = run / "checkpoints"
+    if inside.is_dir() and (reason := limits.unwritable(inside)):
+        raise InputError(f"No checkpoint can be written: {reason}. Make it writable.")
+    free = limits.free_bytes(folder)
+    if free is None or free >= 2 * needed:
+        return []
+    if free < needed:
+        raise InputError(
+            f"Too little disk space: one checkpoint takes {size(needed)}, {size(free)} are free in {folder}."
+            " Free some, or give a --run on another disk."
+        )
+    return [
+        f"The disk has room for one checkpoint of {size(needed)} and no second: {size(free)} are free in {folder}."
+        " A run keeps --keep of them and the best."
+    ]
+
+
+def slow(job: Job, dtype: str) -> list[str]:
+    """Sentences on what costs speed and never bits. dtype: what was asked for."""
+    notes = []
+    cores, quota, allowed = len(usable_cores()), cpu_quota(), len(allowed_cores())
+    if job.workers > cores:
+        notes.append(
+            f"{_workers(job)} share {cores} core{'s' * (cores > 1)}: the same bits, at the speed of {cores}."
+            f" --workers {cores} with the same --spheres and --batch-size is as fast and takes less memory."
+        )
+    if quota is not None and quota < allowed:
+        notes.append(
+            f"The control group's quota is {quota:g} of {allowed} cores: {cores} {'are' if cores > 1 else 'is'} used."
+            " Raise the quota for more speed."
+        )
+    if dtype == "bf16" and job.dtype != "bf16":
+        notes.append("bf16 was asked for and this CPU has no bfloat16 arithmetic: float32 is computed instead.")
+    if platform.machine() == "x86_64" and not cpu.has("avx2", "fma"):
+        notes.append("This CPU has neither AVX2 nor AVX-512: the kernels are several times slower here.")
+    return notes
+
+
+def _fewer(job: Job, workers: int) -> str:
+    """Options that compute the same bits on fewer workers."""
+    return f"--workers {workers} --spheres {job.spheres}"
+
+
+def _workers(job: Job) -> str:
+    return f"{job.workers} worker{'s' * (job.workers > 1)}"
