@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check install
+.PHONY: train test check faults install
 
 train: .venv/installed
 	$(BIN)/cllm-spheres train --preset small --steps 1500
@@ -10,6 +10,12 @@ train: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# The measures of docs/operations.md in full: about an hour and a half. `make test` has a short form of each.
+faults: .venv/installed-dev
+	CLLM_FAULTS=whole $(BIN)/python -m pytest -s --timeout 7200 tests/faults tests/checkpoint tests/training/test_start.py
+	$(BIN)/cllm-spheres bench faults --kills 200
+	$(BIN)/cllm-spheres bench faults --minutes 30 --workers 7 --preset tiny
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ Record = dict[str, Any]
 # The names of events, in the order in which a run usually meets them.
 EVENTS = (
     "start",  # workers, spheres, batch_size, block_size, steps, num_parameters, run, cores, dtype, pinned, config
+    "note",  # of what makes the run slow here
     "ready",  # seconds: what starting took
     "eta",  # seconds: what the run will take, from a rehearsal of one shard
     "resume",  # from_step

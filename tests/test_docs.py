@@ -164,7 +164,7 @@ def test_the_table_of_memory_is_that_of_the_code(monkeypatch):
     for name, shared, segments, *of_dtypes in rows(section(ROOT / "docs/spheres.md", "## The cost of memory")):
         config, shape = shape_of(name)
         size = Layout(shape).size
-        sizes = Sizes(size, config.spheres, 2, 32, has_squares=True)
+        sizes = Sizes(size, config.spheres, 32, has_squares=True)
         largest_shard = -(-config.batch_size // config.spheres)
         arenas = {
             dtype: 4 * dtypes.geometry(Layout(shape), dtype, largest_shard=largest_shard).arena_floats

@@ -73,7 +73,7 @@ class Launch:
         order = {
             "run": str(plan.run), "data": str(plan.prepared.folder), "changes": plan.changes, "resume": plan.resume,
             "exact": plan.exact, "stop_at": plan.stop_at, "launcher": os.getpid(),
-            "profile": plan.profile, "faults": plan.faults,
+            "profile": plan.profile, "faults": plan.faults, "notes": plan.notes,
         }  # fmt: skip
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died: `finish` tells how

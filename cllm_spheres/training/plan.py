@@ -6,7 +6,6 @@ Everything that cannot work is refused here, before anything is written.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 from cllm_spheres.config import MAX_SPHERES, Config
@@ -156,18 +155,6 @@ def memory_bytes(job: Job) -> int:
     arena = geometry.arena_floats * 4
     copy = Layout(job.shape).size * 4 * (3 if job.sizes.has_squares else 2)  # of what is being saved
     return Regions(job.sizes).total + copy + job.workers * (arena + WORKER_BYTES)
-
-
-def check_workers(workers: object, job: Job) -> None:
-    """InputError where a run that goes on cannot have so many workers."""
-    if not isinstance(workers, int) or not 1 <= workers <= job.spheres:
-        raise InputError(f"--workers {workers}: this run has {job.spheres} spheres, and takes 1 to {job.spheres}.")
-    more = memory_bytes(replace(job, workers=workers)) - memory_bytes(job)
-    if more > available_memory():
-        raise InputError(
-            f"Not enough memory: {workers} workers need {size(more)} more than {job.workers},"
-            f" {size(available_memory())} are available. Try fewer --workers."
-        )
 
 
 def check_memory(config: Config, prepared: Prepared, *, resume: bool = False) -> None:

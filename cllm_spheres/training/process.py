@@ -52,7 +52,7 @@ def run_training(server: Server) -> dict[str, Any]:
         checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
         trainer = Trainer(
             run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"], profile=order["profile"],
-            faults=order["faults"], status=lambda text: say(status=text), server=server,
+            faults=order["faults"], notes=order["notes"], status=lambda text: say(status=text), server=server,
         )  # fmt: skip
         at = checkpoint.step if checkpoint else 0
         for reason in refused:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import platform
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 from cllm_spheres import limits
 from cllm_spheres.config import Config
 from cllm_spheres.crystal import cpu
 from cllm_spheres.errors import InputError
-from cllm_spheres.machine import allowed_cores, cpu_quota, usable_cores
+from cllm_spheres.machine import allowed_cores, available_memory, cpu_quota, usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import make_job
+from cllm_spheres.training.plan import make_job, memory_bytes
 from cllm_spheres.units import size
 
 # Open files, counted in /proc/PID/fd with 2 and with 63 workers. Node Zero: 12, one a worker, one for each core
@@ -42,6 +43,23 @@ def check_start(config: Config, prepared: Prepared, run: Path) -> tuple[str, ...
     tokenizer = prepared.folder / "tokenizer.json"
     needed = checkpoint_bytes(job) + (tokenizer.stat().st_size if tokenizer.exists() else 0)
     return (*slow(job, config.dtype), *check_disk(run, needed))
+
+
+def check_workers(workers: object, job: Job) -> None:
+    """InputError where a run that goes on cannot have so many workers."""
+    if not isinstance(workers, int) or not 1 <= workers <= job.spheres:
+        raise InputError(f"--workers {workers}: this run has {job.spheres} spheres, and takes 1 to {job.spheres}.")
+    if workers <= job.workers:
+        return
+    wished = replace(job, workers=workers)
+    check_files(wished)
+    check_tasks(replace(job, workers=workers - job.workers))
+    more, available = memory_bytes(wished) - memory_bytes(job), available_memory()
+    if more > available:
+        raise InputError(
+            f"Not enough memory: {workers} workers need {size(more)} more than {job.workers}, {size(available)} are"
+            " available. Try fewer --workers."
+        )
 
 
 def files_needed(workers: int, cores: int) -> int:

@@ -31,10 +31,11 @@ from cllm_spheres.training.folder import change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
 from cllm_spheres.training.nonfinite import explain_nonfinite
-from cllm_spheres.training.plan import check_workers, make_job
+from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
+from cllm_spheres.training.start import check_workers
 from cllm_spheres.units import duration
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
@@ -47,9 +48,10 @@ class Trainer:
 
     def __init__(
         self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int, profile: bool,
-        faults: list[str], status: Callable[[str], None], server: Server | None = None,
+        faults: list[str], notes: list[str], status: Callable[[str], None], server: Server | None = None,
     ) -> None:  # fmt: skip
-        self.run, self.config, self.prepared = run, config, prepared
+        """notes: sentences on what will make the run slow here, to be told."""
+        self.run, self.config, self.prepared, self.notes = run, config, prepared, notes
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
@@ -126,6 +128,8 @@ class Trainer:
             cores=len(usable_cores()), dtype=job.dtype, pinned=bool(job.cores), config=config.model_dump(),
             **({"from_step": checkpoint.step} if checkpoint else {}),
         )  # fmt: skip
+        for note in self.notes:
+            self.metrics.event("note", note, self.step)
         self.node_zero.start()
         self.sampler = SphereSampler(self.node_zero)
         self.metrics.event(
