@@ -118,8 +118,9 @@ def test_the_options_that_are_named_exist(path):
 
     known = {"--help"}
     for command in get_command(app).commands.values():
-        for parameter in command.params:
-            known |= {*parameter.opts, *parameter.secondary_opts}
+        for each in (command, *getattr(command, "commands", {}).values()):
+            for parameter in each.params:
+                known |= {*parameter.opts, *parameter.secondary_opts}
     used = [code for code in codes(path) if not code.startswith("#SBATCH")]
     used += [" ".join(words) for words in commands(path) if words and words[0] == "cllm-spheres"]
     assert {option for code in used for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)} <= known
@@ -179,7 +180,7 @@ def test_the_table_of_memory_is_that_of_the_code(monkeypatch):
 def test_the_table_of_regions_names_each_one():
     table = rows(section(ROOT / "docs/spheres.md", "## Shared memory"))
     named = re.findall(r"`(\w+)`", "".join(cells[0] for cells in table))
-    regions = vars(Regions(Sizes(BLOCK, 1, 1, 1, has_squares=True)))
+    regions = vars(Regions(Sizes(BLOCK, 1, 1, has_squares=True)))
     assert set(named) == regions.keys() - {"sizes", "stride", "trace_stride", "total"}
 
 
