@@ -54,7 +54,7 @@ def measure(job: Job, seconds: float, status: Callable[[str], None]) -> Point:
         steps = min(M.RING, max(1, math.ceil(seconds / (time.perf_counter() - began))))
         before = node.memory.worker_words().copy()
         node.do(M.STEPS, 3, 3 + steps)
-        spent = node.memory.worker_words() - before
+        spent = (node.memory.worker_words() - before)[: job.workers]
         records = node.memory.ring_words()
         step_s = (records[steps - 1, M.R_END_NS] - records[0, M.R_START_NS]) * 1e-9 / steps
         pss = sum(_pss(pid) for pid in (*node.pids.values(), node.server_pid))

@@ -98,7 +98,7 @@ def test_too_little_memory_says_what_is_needed_what_is_there_and_what_would_fit(
     with pytest.raises(InputError) as refused:
         resolve(memory=2 * 10**9, **options)
     message = str(refused.value)
-    assert "parameters with 63 spheres and 2 workers need 3.0 GB, 2.0 GB are available" in message
+    assert "parameters with 63 spheres and 2 workers need 3.2 GB, 2.0 GB are available" in message
     fitting = int(message.split(" spheres would fit")[0].split()[-1])
     assert f"try --spheres {fitting} --workers 2" in message
     # what it says is true: so many fit, one more does not
