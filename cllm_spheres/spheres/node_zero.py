@@ -29,11 +29,10 @@ from cllm_spheres.spheres.losses import MOST_DEATHS, Losses
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.placement import Claims, claim, read_cores
 from cllm_spheres.spheres.serving import Server
+from cllm_spheres.spheres.silence import Silence
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
-# A worker that computes raises its progress at every layer, one that updates at every block. It counts as hung when it
-# did not for this many times the longest step so far, within bounds.
-SILENCE_STEPS, LEAST_SILENCE_S, MOST_SILENCE_S = 20, 10.0, 120.0
+READY_WITHIN_S = 120.0  # workers that are asked for; the kernels may have to be compiled again
 
 
 class NodeZero:
@@ -59,9 +58,7 @@ class NodeZero:
             (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9)),
         ):
             self._words(word, 2)[:] = (seconds, nanoseconds)
-        self._progress = np.zeros((job.spheres, M.WORKER_WORDS), np.int64)
-        self._silent_s = np.zeros(job.spheres)
-        self._looked_at = time.monotonic()
+        self._silence = Silence(self.memory)
 
     # ---- starting and ending
 
@@ -79,10 +76,21 @@ class NodeZero:
                 raise RunFailed(
                     f"The process that starts the workers (pid {self.server_pid}) {self.crew.server_end()}."
                 )
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        """Until all workers wait for commands; whoever ends meanwhile is replaced."""
+        deadline = time.monotonic() + READY_WITHIN_S
         while not self.crew.ready():
             self.wait_for_bell()
             self._look()
             self.check()
+            if time.monotonic() > deadline:
+                self._try_another_server()
+
+    def _try_another_server(self) -> None:
+        """It hangs, or somebody that it has started does: all of them are ended, and the next one is tried."""
+        self.crew.server.process.kill()
 
     def close(self) -> None:
         """End every worker and the server; nothing of the run is left when this returns."""
@@ -113,7 +121,7 @@ class NodeZero:
     def _begin(self, kind: int, first: int, last: int) -> None:
         for word in (M.ABORT, M.HALT, M.STOP):
             self._set(word, 0)
-        self._silent_s[:] = 0
+        self._silence.forgive()
         self._give(kind, first, last)
 
     def do(self, kind: int, first: int = 0, last: int = 0) -> None:
@@ -205,26 +213,13 @@ class NodeZero:
         """Notice who has ended or hangs, and recover. SphereLost or another RunFailed where that is not possible."""
         if self.crew.lost:
             self._recover()
-        now = time.monotonic()
-        # A clock of our own: where Node Zero itself did not run (suspended, frozen), no time has passed.
-        passed, self._looked_at = min(now - self._looked_at, 1.0), now
-        words = self.memory.worker_words()
-        moved = (words != self._progress).any(axis=1)
-        # Whoever sleeps at the current barrier waits for others. The last to arrive does not: it has to release them.
-        waits = (words[:, M.W_ARRIVED] > self._get(M.RELEASE)) & (words[:, M.W_STATE] == M.S_WAITING)
-        # Whoever has left the command is idle, but for the one that must still notice the next.
-        waits |= (words[:, M.W_LEFT] == self._command[0]) | (words[:, M.W_READY] == 0)
-        waits[self.job.workers :] = True  # places that nobody holds
-        self._silent_s = np.where(moved | waits, 0.0, self._silent_s + passed)
-        self._progress[:] = words
-        if self._silent_s.max() > self._silence_s():
-            worker = int(self._silent_s.argmax())
+        if hung := self._silence.hung(self.job.workers, self._command[0], self._get(M.RELEASE)):
+            worker, seconds = hung
             self._tell(
-                "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for"
-                f" {self._silent_s[worker]:.0f} s while {self.losses.state(worker)}, step {self.done + 1}. It may be"
-                " stopped (SIGSTOP) or starved of its core. It is ended and replaced.", worker=worker,
+                "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for {seconds:.0f} s"
+                f" while {self.losses.state(worker)}, step {self.done + 1}. It may be stopped (SIGSTOP) or starved of"
+                " its core. It is ended and replaced.", worker=worker,
             )  # fmt: skip
-            self._silent_s[worker] = 0
             self.crew.kill_worker(worker)
             self._recover()
 
@@ -235,10 +230,7 @@ class NodeZero:
         self._claims.keep([])
         self._claims, cores = claim(workers, read_cores(usable_cores()))
         self._staff(workers, cores)
-        while not self.crew.ready():
-            self.wait_for_bell()
-            self._look()
-            self.check()
+        self._wait_until_ready()
         self._set(M.FINISHED, self._command[0])
 
     def _staff(self, workers: int, cores: list[int]) -> None:
@@ -247,13 +239,6 @@ class NodeZero:
         self._give(M.EXIT, 0, 0)
         self.crew.replace(self.job)
         self.losses.forget()
-
-    def _silence_s(self) -> float:
-        """How long a worker may do nothing that can be seen."""
-        records = self.memory.ring_words()
-        ends, starts = records[:, M.R_END_NS], records[:, M.R_START_NS]
-        longest = float((ends - starts).max()) / 1e9
-        return min(MOST_SILENCE_S, max(LEAST_SILENCE_S, SILENCE_STEPS * longest)) if longest > 0 else MOST_SILENCE_S
 
     def _recover(self) -> None:
         """Replace whoever has ended and give the command again. More may end meanwhile: they are replaced too."""
@@ -275,11 +260,11 @@ class NodeZero:
                 missing = self.crew.missing()
                 replaced.update(missing)
                 self.crew.spawn(missing)
-                deadline = time.monotonic() + MOST_SILENCE_S
+                deadline = time.monotonic() + READY_WITHIN_S
                 while not self.crew.ready() and not self.crew.lost:
                     self.wait_for_bell()
                     if time.monotonic() > deadline:
-                        raise SphereLost(f"Nobody could take the place of workers {missing}: none was ready in time.")
+                        self._try_another_server()
             self._give_again(*interrupted)
         finally:
             self._recovering = False

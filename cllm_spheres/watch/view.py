@@ -176,6 +176,8 @@ class RunView:
             self.predicted_s = number(record, "seconds")
         elif name == "replan" and number(record, "steps") is not None:
             self.facts["steps"] = record["steps"]
+        elif name in ("scaled", "fewer") and number(record, "workers") is not None:
+            self.facts["workers"] = record["workers"]
         elif name == "turned_up":
             self.turned_up = record
         elif name in ("stopping", "failed", "end"):

@@ -15,7 +15,7 @@ from cllm_spheres.errors import SphereLost
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Shape
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres import node_zero as module
+from cllm_spheres.spheres import silence
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step
@@ -176,7 +176,7 @@ def test_the_death_of_the_process_that_starts_the_workers_changes_no_bit(run, un
 
 @pytest.mark.parametrize("delay_us", [0, 150, 300])
 def test_a_stopped_worker_is_ended_and_replaced_and_waking_it_is_too_late(run, undisturbed, monkeypatch, delay_us):
-    monkeypatch.setattr(module, "LEAST_SILENCE_S", 0.5)
+    monkeypatch.setattr(silence, "LEAST_S", 0.5)
     one = run(3)
     one.begin(1000)
     while one.node.done < 20:
@@ -278,7 +278,7 @@ def test_a_fault_fires_once_where_it_should_and_changes_no_bit(run, undisturbed,
         pytest.skip("no bfloat16 here")
     if dtype == "bf16" and action != "kill":
         pytest.skip("what the action is does not depend on the arithmetic")
-    monkeypatch.setattr(module, "LEAST_SILENCE_S", 0.5)
+    monkeypatch.setattr(silence, "LEAST_S", 0.5)
     one = run(3, dtype=dtype, faults=[(phase, 20, 5, action)])
     one.begin(100)
     began = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.events import read
 from cllm_spheres.model.layout import Shape
-from cllm_spheres.spheres import atomics, node_zero
+from cllm_spheres.spheres import atomics, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -187,7 +187,7 @@ def test_a_stop_ends_after_a_whole_step(node):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_that_does_nothing_for_long_is_the_one_that_is_replaced(node, monkeypatch, workers):
-    monkeypatch.setattr(node_zero, "MOST_SILENCE_S", 0.5)  # there was no step yet that could be a measure
+    monkeypatch.setattr(silence, "MOST_S", 0.5)  # there was no step yet that could be a measure
     one = node(workers)
     # Stopped before it has begun: the others wait for it, and are not to blame.
     before = one.pids
@@ -203,11 +203,11 @@ def test_time_in_which_node_zero_did_not_run_does_not_count(node, monkeypatch):
     one.give(M.STEPS, 1, 1)  # a command without steps
     watch(one)
     now = time.monotonic()
-    monkeypatch.setattr(node_zero.time, "monotonic", lambda: now + 3600)
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now + 3600)
     os.kill(one.pids[1], signal.SIGSTOP)
     give_steps(one)
     one.check()
     os.kill(one.pids[1], signal.SIGCONT)
     monkeypatch.undo()
-    one._looked_at = now
+    one._silence._looked_at = now
     watch(one)

@@ -6,10 +6,12 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.events import read
+from cllm_spheres.training import session
+from cllm_spheres.training.launch import Launch
 from tests.runs import (
     TINY,
     WAIT_S,
@@ -69,25 +71,12 @@ def test_a_run_stopped_by_every_signal_saves_says_how_to_go_on_and_ends_in_the_s
 
 @pytest.fixture
 def stuck(corpus, tmp_path):
-    """A run in the middle of a step that does not end: one worker is stopped while it computes."""
-    options = TINY | LONG | {"save_every": 1000, "eval_every": 1000}
-    launch = start(corpus, tmp_path / "run", **options)
+    """A run in the middle of a step that does not end: one worker stops itself while it computes."""
+    run, options = tmp_path / "run", TINY | LONG | {"save_every": 1000, "eval_every": 1000}
+    launch = Launch().obey(session.new_run(corpus, options, run=run, file=None, faults=["forward:20:1:stop"]))
     family = Family.of(os.getpid(), 2)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for_step(tmp_path / "run", 3)
-
-    def state():
-        """What the first record that was made from now on says of worker 1."""
-        now = time.time()
-        return wait_until(
-            lambda: next((r["state"][1] for r in read(metrics) if r["kind"] == "spheres" and r["time"] > now), None),
-            "a record of the spheres",
-        )
-
-    family.workers[1].suspend()
-    while state() != "computing":  # stopped in its update it would be a step that cannot be dropped
-        family.workers[1].resume()
-        family.workers[1].suspend()
+    wait_for_step(run, 19)
+    wait_until(lambda: family.workers[1].status() == psutil.STATUS_STOPPED, "a worker that has stopped")
     yield launch, family
     family.end()
 

@@ -137,6 +137,13 @@ def test_the_end_of_the_run_is_stop_at_where_it_lies_ahead():
     assert view.target == 3000
 
 
+@pytest.mark.parametrize("name", ["scaled", "fewer"])
+def test_another_number_of_workers_is_known(name):
+    view = view_of(fake.records(2, until=5))
+    view.add(events.event(name, "Fewer.", step=5, time=fake.START, workers=7))
+    assert view.facts["workers"] == 7
+
+
 def test_that_validation_has_turned_up_is_known_until_a_new_best():
     view = view_of(fake.records(2, until=100, eval_every=50))
     view.add(events.event("turned_up", "Up.", step=100, time=fake.START, best_step=100, best_loss=3.0))
