@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from cllm_spheres.errors import SphereLost
+from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Shape
+from cllm_spheres.spheres import crew, silence
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres import silence
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step
@@ -188,6 +188,20 @@ def test_a_stopped_worker_is_ended_and_replaced_and_waking_it_is_too_late(run, u
     assert one.node.pids[1] != stopped and not os.path.exists(f"/proc/{stopped}/exe")
     assert len(one.events("hung")) == len(one.events("recovered")) == 1
     assert one.result() == undisturbed(1000)
+
+
+def test_a_worker_that_cannot_be_ended_stops_the_run_before_its_work_is_given_away(run, monkeypatch):
+    monkeypatch.setattr(silence, "LEAST_S", 0.5)
+    monkeypatch.setattr(crew, "ENDS_WITHIN_S", 0.3)
+    one = run(3, faults=[("backward", 20, 1, "stop")])
+    one.begin(100)
+    kill = crew.signal.pidfd_send_signal
+    monkeypatch.setattr(crew.signal, "pidfd_send_signal", lambda *arguments: None)  # as if the kernel held it
+    with pytest.raises(RunFailed, match=r"Worker 1 \(pid \d+\) hangs in the kernel and cannot be ended"):
+        one.disturbed(lambda: None)
+    assert one.node.done == 19 and one.node.close_gate()  # the last whole step can be saved
+    assert one.events("recovered") == []
+    monkeypatch.setattr(crew.signal, "pidfd_send_signal", kill)
 
 
 def test_a_worker_killed_during_an_evaluation_changes_no_loss(run):
