@@ -70,6 +70,11 @@ CASES = {
         "generate {run} --temperature -1 --top-k 0 --top-p 2 --tokens 0",
         ["--temperature -1.0", "--top-k 0", "--top-p 2.0", "--tokens 0"],
     ),
+    "long name of a run": ("generate " + "x" * 300, ["File name too long"]),
+    "long name of a new run": ("train {corpus} --run " + "x" * 300, ["File name too long", "Give another --run"]),
+    "long name to watch": ("watch " + "x" * 300, ["File name too long"]),
+    "long name of data": ("data " + "x" * 300, ["File name too long"]),
+    "never-ending configuration": ("train {corpus} --config /dev/zero", ["/dev/zero is not a configuration"]),
     "watch nothing": ("watch nowhere", ["nowhere does not exist"]),
     "data of nothing": ("data nowhere", ["There is no prepared folder nowhere"]),
 }  # fmt: skip
