@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 from typing import Annotated
@@ -52,6 +53,9 @@ app.add_typer(bench, name="bench")
 
 def run() -> None:
     """The console script: 0, 1 for a failed run, 2 for bad input, 128 + signal for an interrupted run."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # it is closed, or none of Python's own
+            stream.reconfigure(errors="backslashreplace")  # a name or a text that is not UTF-8 is shown all the same
     try:
         app()
     except SpheresError as error:

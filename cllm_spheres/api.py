@@ -28,7 +28,7 @@ class Run:
 
         records = [record for record in read(self.path / "metrics.jsonl") if record["kind"] == kind]
         if kind in ("step", "eval"):
-            return list({record["step"]: record for record in records}.values())
+            return list({record["step"]: record for record in records if type(record.get("step")) is int}.values())
         return records
 
     def load(self, checkpoint: str | int | None = None) -> Model:

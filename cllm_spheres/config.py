@@ -14,16 +14,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.errors import InputError, nearest, shown
 
 MAX_SPHERES = 156  # 12 + 144 places around Node Zero
+MAX_STEPS = 10**9
+MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**20  # far above what trains on a CPU; sizes of them fit 64 bits
+MOST_LINES = 8  # of one message
+MAX_TOML_BYTES = 1 << 20  # a real one has about 5,000
 DATA_KEYS = ("data", "data_fingerprint", "text")  # of a run's own config.toml: what it was trained on
 
 
 class Config(BaseModel):
     """Everything that describes a run. Counts are in the unit their help names."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
     preset: str | None = Field(None, description="A named size: minimal, tiny, small, medium, large, gpt2.")
 
@@ -40,22 +44,26 @@ class Config(BaseModel):
         description="Logical workers; each owns a shard of every batch. The bits depend on this, not on "
         "--workers. Default: the preset's.",
     )
-    steps: int | None = Field(None, ge=1, le=10**9, description="Optimizer steps; the horizon of the schedule.")
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Optimizer steps; the horizon of the schedule.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training text, instead of --steps.")
-    batch_size: int | None = Field(None, ge=1, description="Sequences in a batch.")
-    block_size: int = Field(64, ge=1, description="Tokens in a sequence: the context length.")
+    batch_size: int | None = Field(None, ge=1, le=MAX_TOKENS, description="Sequences in a batch.")
+    block_size: int = Field(64, ge=1, le=MAX_TOKENS, description="Tokens in a sequence: the context length.")
 
-    layers: int = Field(4, ge=1, description="Transformer blocks.")
-    heads: int = Field(4, ge=1, description="Attention heads; they divide the width.")
-    width: int = Field(128, ge=1, description="Channels of the residual stream.")
-    ff_width: int | None = Field(None, ge=1, description="Channels of the feed-forward layer. Default: 4 x width.")
+    layers: int = Field(4, ge=1, le=MAX_LAYERS, description="Transformer blocks.")
+    heads: int = Field(4, ge=1, le=MAX_WIDTH, description="Attention heads; they divide the width.")
+    width: int = Field(128, ge=1, le=MAX_WIDTH, description="Channels of the residual stream.")
+    ff_width: int | None = Field(
+        None, ge=1, le=4 * MAX_WIDTH, description="Channels of the feed-forward layer. Default: 4 x width."
+    )
     bias: bool = Field(True, description="Biases in linear layers and layer norms, as GPT-2 has them.")
 
     tokenizer: Literal["byte", "char", "word", "bpe"] = Field(
         "bpe",
         description="How raw text becomes tokens: byte, char, word or bpe.",
     )
-    vocab_size: int | None = Field(None, ge=1, description="Vocabulary for bpe and word. Default: the preset's.")
+    vocab_size: int | None = Field(
+        None, ge=1, le=2**31, description="Vocabulary for bpe and word. Default: the preset's."
+    )
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum (--beta1).")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
@@ -63,6 +71,7 @@ class Config(BaseModel):
     warmup: int | None = Field(
         None,
         ge=0,
+        le=MAX_STEPS,
         description="Steps of linear warm-up. Default: a tenth of the steps, at most 100.",
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
@@ -85,17 +94,23 @@ class Config(BaseModel):
     eval_every: int | None = Field(
         None,
         ge=1,
+        le=MAX_STEPS,
         description="Steps between evaluations. Default: an eighth of the run, at most 250.",
     )
     eval_tokens: int | None = Field(
         None,
         ge=1,
+        le=2**53,
         description="Validation tokens for one evaluation, at pinned places. "
         "Default: what costs about 5 % of the run, at most 32 batches.",
     )
-    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: --eval-every.")
-    keep: int = Field(3, ge=1, description="Checkpoints kept besides the best.")
-    stop_at: int | None = Field(None, ge=1, description="Save and end after this step; the schedule stays.")
+    save_every: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="Steps between checkpoints. Default: --eval-every."
+    )
+    keep: int = Field(3, ge=1, le=MAX_STEPS, description="Checkpoints kept besides the best.")
+    stop_at: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="Save and end after this step; the schedule stays."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="What a NaN or infinite gradient does: stop the run, or skip the step.",
@@ -119,11 +134,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 DEFAULT_PRESET = "small"
 
 
-def preset_values(name: str | None) -> dict[str, Any]:
+def preset_values(name: object) -> dict[str, Any]:
     """The differences of a preset; InputError names the nearest known one."""
     name = name or DEFAULT_PRESET
-    if name not in PRESETS:
-        raise InputError(f"There is no preset {name!r}: {nearest(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"There is no preset {shown(name)}: {nearest(str(name), PRESETS)}")
     return {"preset": name, **PRESETS[name]}
 
 
@@ -137,11 +152,11 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
     for key in chosen:
         if key not in Config.model_fields:
             raise InputError(
-                f"There is no option {key!r}{f' in {file}' if file else ''}: {nearest(key, Config.model_fields)}"
+                f"There is no option {shown(key)}{f' in {file}' if file else ''}: {nearest(key, Config.model_fields)}"
             )
     if chosen.get("steps") is not None and chosen.get("epochs") is not None:
         raise InputError(
-            f"Both steps ({chosen['steps']}) and epochs ({chosen['epochs']}) were given: give one of them."
+            f"Both steps ({shown(chosen['steps'])}) and epochs ({shown(chosen['epochs'])}) were given: give one."
         )
     values = preset_values(chosen.get("preset"))
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -159,15 +174,18 @@ def build(values: dict[str, Any]) -> Config:
         return Config(**values)
     except ValidationError as error:
         lines = []
-        for item in error.errors():
+        for item in error.errors()[:MOST_LINES]:
             name = ".".join(map(str, item["loc"]))
             if item["type"] == "extra_forbidden":
-                lines.append(f"There is no option {name!r}: {nearest(name, Config.model_fields)}")
+                lines.append(f"There is no option {shown(name)}: {nearest(name, Config.model_fields)}")
+                break  # the hint may name all that are known
             elif item["type"] == "literal_error":
                 words = item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-                lines.append(f"{flag(name)} cannot be {item['input']!r}: {nearest(str(item['input']), words)}")
+                lines.append(f"{flag(name)} cannot be {shown(item['input'])}: {nearest(str(item['input']), words)}")
             else:
-                lines.append(f"{flag(name)} {item['input']!r}: {item['msg'].lower()}")
+                lines.append(f"{flag(name)} {shown(item['input'])}: {item['msg'].lower()}")
+        if error.error_count() > MOST_LINES:
+            lines.append(f"And {error.error_count() - MOST_LINES} options more.")
         raise InputError("\n".join(lines)) from None
 
 
@@ -179,22 +197,34 @@ def flag(name: str) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a flat TOML file; "clip = 0" means off. InputError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_TOML_BYTES + 1)  # no more: it may be a device that never ends
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    if len(data) > MAX_TOML_BYTES:
+        raise InputError(f"{path} is not a configuration: it has more than {MAX_TOML_BYTES:,} bytes.")
+    try:
+        return tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError):  # of tomllib, where it has no error of its own
+        raise InputError(f"{path} is not valid TOML: a number is too long, or values are nested too deeply.") from None
 
 
 def to_toml(config: Config, extra: dict[str, Any] | None = None) -> str:
     """The resolved configuration as flat TOML, each key under its help; `extra` keys come first."""
     lines = ["# The resolved configuration of this run. The same bits need the same spheres and batch_size."]
     for key, value in (extra or {}).items():
-        lines.append(f"{key} = {json.dumps(value)}")
+        lines.append(f"{key} = {_toml(value)}")
     for key, field in Config.model_fields.items():
         value = getattr(config, key)
         if value is None:
             lines += ["", f"# {field.description}", "clip = 0" if key == "clip" else f"# {key} is off"]
         else:
-            lines += ["", f"# {field.description}", f"{key} = {json.dumps(value)}"]
+            lines += ["", f"# {field.description}", f"{key} = {_toml(value)}"]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML: JSON, but for characters that JSON writes as two halves, and for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

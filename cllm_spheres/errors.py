@@ -6,7 +6,11 @@ The command line prints the message without a traceback and leaves with `exit_co
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 class SpheresError(Exception):
@@ -39,6 +43,11 @@ class Interrupted(SpheresError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, its middle left out where it is long: for a message that repeats it."""
+    return _short.repr(value)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -85,12 +85,11 @@ class Tail:
         self._offset = 0
 
     def read(self) -> list[Record]:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
+        if not self.path.is_file():  # not there yet; or a pipe, which would not be read to its end
             return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
         end = data.rfind(b"\n") + 1
         self._offset += end
         return list(_parse(data[:end]))
@@ -105,7 +104,7 @@ def _parse(data: bytes) -> Iterator[Record]:
     for line in data.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and "kind" in record:
             yield record

@@ -204,3 +204,8 @@ def test_nothing_is_left_running(run):
 
     names = [" ".join(child.cmdline()) for child in psutil.Process(os.getpid()).children(recursive=True)]
     assert not any("cllm_spheres" in name for name in names)
+
+
+def test_records_without_a_step_are_left_out_of_the_metrics(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"step"}\n{"kind":"step","step":[]}\n{"kind":"step","step":1}\n')
+    assert cs.Run(tmp_path).metrics() == [{"kind": "step", "step": 1}]

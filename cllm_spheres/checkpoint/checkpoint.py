@@ -15,6 +15,7 @@ import numpy as np
 
 from cllm_spheres.checkpoint import tensors
 from cllm_spheres.checkpoint.files import MANIFEST, Damaged, parse, read_bytes, read_manifest, verify
+from cllm_spheres.errors import shown
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, CONFIG, TOKENIZER = "state.json", "config.json", "tokenizer.json"
@@ -36,7 +37,7 @@ class Checkpoint:
         self.step: int = manifest["step"]
         self.tokenizer_path = path / TOKENIZER
         if set(self._entries) != set(FILES):
-            raise Damaged(path, f"{MANIFEST} names {', '.join(self._entries)}; expected {', '.join(FILES)}")
+            raise Damaged(path, f"{MANIFEST} names {shown(list(self._entries))}; expected {', '.join(FILES)}")
         named = STEP.fullmatch(path.name)
         if named is not None and int(named[1]) != self.step:
             raise Damaged(path, f"{MANIFEST} is of step {self.step}, the folder's name says {int(named[1])}")

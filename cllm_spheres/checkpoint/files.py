@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_spheres.checkpoint.disk import Disk, remove_tree
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when a reader of today could not understand a checkpoint of tomorrow
@@ -214,13 +214,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if data != sealed:  # any other spelling of the same content is a changed byte too
         raise Damaged(path, f"{MANIFEST} does not match its own sha256")
     if content.get("format") != FORMAT:
-        raise Damaged(path, f"{MANIFEST} has format {content.get('format')}, this version reads {FORMAT}")
+        raise Damaged(path, f"{MANIFEST} has format {shown(content.get('format'))}, this version reads {FORMAT}")
     files = content.get("files")
-    if not isinstance(content.get("step"), int) or not isinstance(files, dict):
+    if type(content.get("step")) is not int or content["step"] < 0 or not isinstance(files, dict):
         raise Damaged(path, f"{MANIFEST} names no step and files")
     for name, entry in files.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
-            raise Damaged(path, f"{MANIFEST} gives no size for {name!r}")
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+            raise Damaged(path, f"{MANIFEST} gives no size for {shown(name)}")
     return content
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from cllm_spheres.checkpoint.files import Damaged
+from cllm_spheres.errors import shown
 
 # In the file the largest elements come first, so that all are aligned: the library's order.
 DTYPES = {
@@ -63,7 +64,13 @@ def check(folder: Path, name: str, only: str | None = None) -> None:
         for key in file.keys():  # noqa: SIM118
             dtype = file.get_slice(key).get_dtype()
             if dtype not in known:
-                raise Damaged(folder, f"{name} holds {key!r} as {dtype}, expected {only or 'a known dtype'}")
+                raise Damaged(folder, f"{name} holds {shown(key)} as {dtype}, expected {only or 'a known dtype'}")
+
+
+def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Each tensor's name and shape, from the header alone. Raises Damaged."""
+    with _Reading(folder, name), safetensors.safe_open(folder / name, framework="numpy") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def iterate(folder: Path, name: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -6,15 +6,16 @@ The kernels are those of training. B sequences, T tokens, V vocabulary, P parame
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
-from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint.checkpoint import STATE, Checkpoint
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.inference.sampling import choose, validate
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
@@ -134,20 +135,51 @@ class Model:
 def load(run: str | Path, checkpoint: str | int | None = None) -> Model:
     """The model of a run: its best checkpoint, or "last", or a step. InputError where there is none."""
     run = Path(run)
-    if not run.is_dir():
+    try:
+        found = run.is_dir()
+    except OSError as error:
+        raise InputError(f"Cannot read {run}: {error.strerror}.") from None
+    if not found:
         known = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
         raise InputError(f"There is no run {run}." + (f" In {run.parent}: {nearest(run.name, known)}" if known else ""))
     saved: Checkpoint = Store(run).load(checkpoint, optimizer=False)
     try:
-        shape = Shape(**saved.state["layout"])
-        return Model(shape, load_tokenizer(saved.tokenizer_path), saved.model)
-    except (KeyError, TypeError, ValueError) as error:
+        shape = _shape_of(saved)
+        tokenizer = load_tokenizer(saved.tokenizer_path)
+        if tokenizer.vocab_size != shape.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
+        return Model(shape, tokenizer, saved.model)
+    except ValueError as error:
         raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
+
+
+def _shape_of(saved: Checkpoint) -> Shape:
+    """The shape that the state names. ValueError where it is none, or not that of the tensors: before any memory is
+    taken for it.
+    """
+    sizes = saved.state.get("layout")
+    if not isinstance(sizes, dict) or sizes.keys() != {field.name for field in fields(Shape)}:
+        raise ValueError(f"{STATE} has layout {shown(sizes)}")
+    for name, value in sizes.items():
+        if type(value) is not (bool if name == "bias" else int) or (name != "bias" and value < 1):
+            raise ValueError(f"{STATE} has {name} {shown(value)}")
+    shape = Shape(**sizes)
+    if shape.width % shape.heads:
+        raise ValueError(f"{STATE} has {shape.heads} heads for a width of {shape.width}")
+    if shape.layers > len(saved.model):
+        raise ValueError(f"{STATE} has {shape.layers} layers, the model {len(saved.model)} tensors")
+    for tensor in Layout(shape).tensors:
+        found = saved.model.get(tensor.name)
+        if found is None or found.shape != tensor.shape:
+            is_there = "is missing" if found is None else f"has shape {found.shape}"
+            raise ValueError(f"{tensor.name} {is_there}, expected {tensor.shape}")
+    return shape
 
 
 def newest_run(folder: Path) -> Path:
     """The run in a folder that was written to last; InputError where there is none."""
-    runs = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    files = [path for path in folder.glob("*/metrics.jsonl") if path.is_file()]
+    runs = sorted(files, key=lambda path: path.stat().st_mtime)
     if not runs:
         raise InputError(f"There is no run in {folder}/. Train one: cllm-spheres train")
     return runs[-1].parent

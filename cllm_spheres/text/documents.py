@@ -20,6 +20,9 @@ _BLOCKS = frozenset(
     """.split()  # noqa: SIM905
 )
 
+_MOST_AT_END = 4096  # characters of a tag without an end: Python's parser looks at each "<" in it, to the file's end
+_MOST_OPEN = 64 << 20  # characters of a tag that has not ended yet: they are all in memory
+
 
 def is_html(head: str) -> bool:
     """Whether a text begins as an html page does."""
@@ -38,13 +41,30 @@ class HtmlText(HTMLParser):
         self._blank = False
 
     def feed(self, data: str) -> str:  # type: ignore[override]
-        """The text that became complete with this piece of html."""
-        super().feed(data)
+        """The text that became complete with this piece of html. NotText where it cannot be parsed."""
+        try:
+            super().feed(data)
+        except ValueError:  # the number of a character has more digits than Python reads
+            raise NotText("damaged html") from None
+        if len(self.rawdata) > _MOST_OPEN:
+            raise NotText("damaged html")
         return self._take()
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """<![...]> of a kind that Python does not know is a comment, as in every browser."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:  # of its parser, for what stands in the text
+            return self.parse_bogus_comment(i, report)
+
     def finish(self) -> str:
-        """The rest of the text."""
-        super().close()
+        """The rest of the text. A tag or a comment that never ended is left away, as in every browser."""
+        if self.rawdata.startswith("<") and len(self.rawdata) > _MOST_AT_END:
+            self.rawdata = ""
+        try:
+            super().close()
+        except ValueError:
+            raise NotText("damaged html") from None
         self._break()
         return self._take()
 

@@ -26,6 +26,7 @@ REASONS = {
     "damaged gz": "damaged gz files",
     "damaged pdf": "damaged or encrypted PDF files",
     "damaged docx": "damaged DOCX files",
+    "damaged html": "damaged html files",
     "pdf": "PDF files skipped: pip install 'cllm-spheres[documents]'",
     "docx": "DOCX files skipped: pip install 'cllm-spheres[documents]'",
     "broken jsonl line": "broken jsonl lines",
@@ -68,6 +69,8 @@ def list_files(paths: Sequence[str | Path]) -> FileList:
             status = os.stat(path)
         except OSError as error:
             raise InputError(f"Cannot read {path}: {error.strerror}. Check the path.") from None
+        except ValueError as error:  # a zero byte in the name, from a file or a library's call
+            raise InputError(f"Cannot read {path!r}: {error}. Check the path.") from None
         if stat.S_ISDIR(status.st_mode):
             if not os.access(path, os.R_OK | os.X_OK):
                 raise InputError(f"Cannot read {path}: Permission denied.")

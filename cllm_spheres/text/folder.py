@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +22,15 @@ FORMAT = "cllm-spheres prepared text"
 VERSION = 1
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 _LOCK = "lock"
+MANIFEST_BYTES = 16 << 20  # a real one has about 1,500 and the names of the sources
 _STALE_S = 600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder calls itself a prepared folder; it may still be damaged."""
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return json.loads(read_regular(folder / "manifest.json", MANIFEST_BYTES)).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -53,7 +56,7 @@ def building(target: Path) -> Iterator[Path]:
     of it.
     """
     target = Path(os.path.realpath(target))
-    made = [parent for parent in target.parents if not parent.exists()]
+    made = [parent for parent in target.parents if not os.path.lexists(parent)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
@@ -117,6 +120,21 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
     """The sha256 of a manifest without its own hash."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A whole file. OSError also where it is a pipe or a device, which may never end, or has more than `most` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        if most is not None and status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, at most {most:,} were expected", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

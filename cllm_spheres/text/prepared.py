@@ -7,36 +7,28 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, shown
 from cllm_spheres.text import folder as folders
-from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
+from cllm_spheres.text.tokenizer import KINDS, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from cllm_spheres.text.files import FileList
     from cllm_spheres.text.prepare import Settings
 
 _PARTS = ("train", "val")
-_KEYS = {
-    "version",
-    "tokenizer",
-    "vocab_size",
-    "eot",
-    "dtype",
-    "train",
-    "val",
-    "files",
-    "skipped",
-    "manifest_sha256",
-}
+_COUNTS = ("documents", "bytes", "tokens")
+_DTYPES = ("uint16", "uint32")
+_VERIFY_TOKENS = 1 << 22  # looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +50,23 @@ class Prepared:
         manifest = _read_manifest(folder)
         for name, entry in manifest["files"].items():
             try:
-                size = (folder / name).stat().st_size
+                status = (folder / name).stat()
             except OSError as error:
                 raise _damaged(folder, f"{name}: {error.strerror}") from None
-            if size != entry["bytes"]:
-                raise _damaged(folder, f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
+            if not stat.S_ISREG(status.st_mode):
+                raise _damaged(folder, f"{name} is not a file")
+            if status.st_size != entry["bytes"]:
+                raise _damaged(folder, f"{name} has {status.st_size:,} bytes instead of {entry['bytes']:,}")
         ids = []
         for part in _PARTS:
-            array = _map(folder / f"{part}.bin", manifest["dtype"])
+            array = _map(folder, f"{part}.bin", manifest["dtype"])
             if len(array) != manifest[part]["tokens"]:
                 raise _damaged(folder, f"{part}.bin has {len(array):,} of {manifest[part]['tokens']:,} tokens")
             ids.append(array)
         return cls(folder, manifest, *ids)
 
     def verify(self) -> None:
-        """InputError where any file differs from the manifest's sha256."""
+        """InputError where any file differs from the manifest's sha256, or a token is not in the vocabulary."""
         for name, entry in self.manifest["files"].items():
             try:
                 digest = folders.hash_file(self.folder / name)
@@ -80,6 +74,13 @@ class Prepared:
                 raise _damaged(self.folder, f"{name}: {error.strerror}") from None
             if digest != entry["sha256"]:
                 raise _damaged(self.folder, f"{name} has sha256 {digest[:12]} instead of {entry['sha256'][:12]}")
+        for part, ids in (("train", self.train), ("val", self.val)):  # the kernels take every id for a row of a table
+            for start in range(0, len(ids), _VERIFY_TOKENS):
+                largest = int(ids[start : start + _VERIFY_TOKENS].max())
+                if largest >= self.vocab_size:
+                    raise _damaged(
+                        self.folder, f"{part}.bin holds token {largest}, the vocabulary is {self.vocab_size}"
+                    )
 
     @property
     def vocab_size(self) -> int:
@@ -95,11 +96,12 @@ class Prepared:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; InputError where its file does not fit the manifest."""
         tokenizer = load_tokenizer(self.folder / "tokenizer.json")
-        if (tokenizer.kind, tokenizer.vocab_size) != (self.manifest["tokenizer"], self.vocab_size):
+        found = tokenizer.kind, tokenizer.vocab_size, tokenizer.eot
+        if found != (self.manifest["tokenizer"], self.vocab_size, self.eot):
             raise _damaged(
                 self.folder,
-                f"tokenizer.json is {tokenizer.kind} with {tokenizer.vocab_size} tokens, the manifest says "
-                f"{self.manifest['tokenizer']} with {self.vocab_size}",
+                f"tokenizer.json is {tokenizer.kind} with {tokenizer.vocab_size} tokens, {tokenizer.eot} ends a text; "
+                f"the manifest says {self.manifest['tokenizer']} with {self.vocab_size} and {self.eot}",
             )
         return tokenizer
 
@@ -116,14 +118,18 @@ class Prepared:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"There is no prepared folder {folder}. Make it with: cllm-spheres prepare PATH --out {folder}"
-        )
-    if not folder.is_dir():
+        ) from None
+    except OSError as error:
+        raise InputError(f"Cannot read {folder}: {error.strerror}.") from None
+    if not is_folder:
         raise InputError(f"{folder} is not a folder. Prepare it with: cllm-spheres prepare {folder} --out DIR")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(folders.read_regular(folder / "manifest.json", folders.MANIFEST_BYTES))
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not a prepared folder: it has no manifest.json. "
@@ -131,24 +137,65 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"Cannot read {folder / 'manifest.json'}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"manifest.json is no JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != folders.FORMAT:
         raise InputError(f"{folder} is not a prepared folder: its manifest.json is of something else.")
     if manifest.get("version") != folders.VERSION:
         raise InputError(
-            f"{folder} has version {manifest.get('version')} of the format, this program reads "
+            f"{folder} has version {shown(manifest.get('version'))} of the format, this program reads "
             f"{folders.VERSION}. Prepare the text anew."
         )
-    if not manifest.keys() >= _KEYS or manifest["manifest_sha256"] != folders.manifest_hash(manifest):
+    if manifest.get("manifest_sha256") != folders.manifest_hash(manifest):
         raise _damaged(folder, "manifest.json was changed after it was written")
+    if wrong := next(_wrong_entries(manifest), None):
+        raise _damaged(folder, f"manifest.json has {wrong} {shown(manifest.get(wrong))}")
     return manifest
 
 
-def _map(path: Path, dtype: str) -> npt.NDArray[np.unsignedinteger]:
-    kind = np.dtype(dtype).newbyteorder("<")
-    if path.stat().st_size == 0:
+def _wrong_entries(manifest: dict[str, Any]) -> Iterator[str]:
+    """The entries that are missing or of another kind than what `prepare` writes: a true hash says nothing of them."""
+    vocab_size, files, skipped = manifest.get("vocab_size"), manifest.get("files"), manifest.get("skipped")
+    if not _is_count(vocab_size) or not 1 <= vocab_size <= 2**31:
+        yield "vocab_size"
+    elif not _is_count(manifest.get("eot")) or manifest["eot"] >= vocab_size:
+        yield "eot"
+    for name, known in (("tokenizer", KINDS), ("dtype", _DTYPES), ("split", ("document", "position"))):
+        if manifest.get(name) not in known:
+            yield name
+    for part in _PARTS:
+        counts = manifest.get(part)
+        if not isinstance(counts, dict) or not all(_is_count(counts.get(name)) for name in _COUNTS):
+            yield part
+    yield from (name for name in _COUNTS if not _is_count(manifest.get(name)))
+    for name in ("bytes_per_token", "val_fraction"):
+        if type(manifest.get(name)) not in (int, float):
+            yield name
+    for name in ("notes", "sources"):
+        words = manifest.get(name)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            yield name
+    if not isinstance(skipped, dict) or not all(map(_is_count, skipped.values())):
+        yield "skipped"
+    if not isinstance(files, dict) or files.keys() != set(folders.FILES) or not all(map(_is_entry, files.values())):
+        yield "files"
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+
+
+def _map(folder: Path, name: str, dtype: str) -> npt.NDArray[np.unsignedinteger]:
+    path, kind = folder / name, np.dtype(dtype).newbyteorder("<")
+    size = path.stat().st_size
+    if size == 0:
         return np.zeros(0, kind)
+    if size % kind.itemsize:
+        raise _damaged(folder, f"{name} has {size:,} bytes, not a multiple of the {kind.itemsize} of a token")
     try:
         return np.memmap(path, kind, "r")
     except OSError as error:
@@ -192,7 +239,7 @@ def prepare_cached(
     quick = cache / "keys" / _quick_key(files, settings)
     try:
         return Prepared.open(cache / quick.read_text())
-    except (OSError, InputError):
+    except (OSError, ValueError):  # InputError is a ValueError, as is text that cannot be decoded
         name = _content_key(files, settings)
     target = cache / name
     if target.exists():

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.errors import InputError, nearest, shown
+from cllm_spheres.text.folder import read_regular
 
 KINDS = ("byte", "char", "word", "bpe")
 EOT = "<|endoftext|>"
@@ -199,26 +200,51 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json; InputError where it is missing or damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
         record = json.loads(text)
         if "model" in record:
             from tokenizers import Tokenizer as LibraryTokenizer
 
+            _check_library_format(record)
             return BpeTokenizer(LibraryTokenizer.from_str(text))
         kind = record["kind"]
         if kind == "byte":
             return ByteTokenizer()
         if kind == "char":
-            return CharTokenizer(record["characters"])
+            characters = record["characters"]
+            if not isinstance(characters, str):
+                raise TypeError(f"its characters are {shown(characters)}")
+            return CharTokenizer(characters)
         if kind == "word":
-            return WordTokenizer(record["words"])
+            words = record["words"]
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise TypeError(f"its words are {shown(words)}")
+            return WordTokenizer(words)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{path} is damaged ({error}); prepare the text anew.") from None
-    raise InputError(f"{path} is for a tokenizer {kind!r}: {nearest(str(kind), KINDS)}")
+    raise InputError(f"{path} is for a tokenizer {shown(kind)}: {nearest(str(kind), KINDS)}")
+
+
+def _check_library_format(record: dict[str, Any]) -> None:
+    """ValueError where a file of the library is not of the kind that `train_bpe` makes.
+
+    The library reads many other kinds, some of which end the process, or never end, as they meet a text.
+    """
+    model, pre_tokenizer, added = record["model"], record.get("pre_tokenizer"), record.get("added_tokens")
+    wrong = [name for name in ("truncation", "padding", "normalizer", "post_processor") if record.get(name) is not None]
+    if not isinstance(pre_tokenizer, dict) or pre_tokenizer.get("type") != "ByteLevel":
+        wrong.append("pre_tokenizer")
+    if not isinstance(added, list) or [isinstance(a, dict) and a.get("content") for a in added] != [EOT]:
+        wrong.append("added_tokens")
+    absent = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(model.get(name) for name in absent):
+        wrong.append("model")
+    if wrong:
+        raise ValueError(f"its {' and '.join(wrong)} are not those of a byte-level BPE with one {EOT}")
 
 
 class StreamDecoder:

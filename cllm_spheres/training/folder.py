@@ -8,25 +8,33 @@ RUN/checkpoints/    see cllm_spheres.checkpoint
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint import tensors
+from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint
+from cllm_spheres.checkpoint.disk import Disk
+from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, Config, build, flag, read_toml, to_toml
-from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.events import read
+from cllm_spheres.model.layout import Layout
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import check_memory, shape_of
+from cllm_spheres.training.plan import check_memory, check_shape, shape_of
 from cllm_spheres.training.start import check_start
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
+COUNTERS = ("applied", "total_tokens", "evaluated", "best_step", "worse")  # that a resume takes from the state
+STATE_BYTES = 1 << 20  # a real one has about 1,000
+DECIDED = (
+    "vocab_size", "steps", "spheres", "batch_size", "seed", "workers", "ff_width", "warmup", "min_lr", "eval_every",
+    "eval_tokens", "save_every",
+)  # fmt: skip
 MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
 
 
@@ -62,6 +70,13 @@ def new_name(preset: str | None) -> Path:
 
 def check_new(run: Path) -> None:
     """InputError where a run cannot be made here; called before the long work of preparing text."""
+    try:
+        _check_place(run)
+    except OSError as error:  # a name that is too long, a link to itself
+        raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
+
+
+def _check_place(run: Path) -> None:
     if run.exists() and (not run.is_dir() or any(entry.name != NEW_CONFIG for entry in run.iterdir())):
         hint = f"Continue it with: cllm-spheres train --resume --run {run}. " if (run / "config.toml").exists() else ""
         raise InputError(f"{run} exists already. {hint}Or give another --run.")
@@ -74,16 +89,29 @@ def check_new(run: Path) -> None:
         raise InputError(f"No permission to write in {folder.resolve()}. Give another --run.")
 
 
+def check_name(path: Path) -> None:
+    """InputError where config.toml, which is UTF-8, could not name the data."""
+    name = str(Path(path).resolve())
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"The name {name!r} is not UTF-8, so that config.toml cannot hold it. Rename it.") from None
+
+
 def create(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:
     """Make the folder with its config.toml; nothing is left where that fails."""
     check_new(run)
-    made = not run.exists()
+    check_name(prepared.folder)
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]  # the deepest first
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_config(run, config, prepared, text)
+        for folder in {run, *(folder.parent for folder in made)}:
+            Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
     except OSError as error:
-        if made:
-            shutil.rmtree(run, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # write_config leaves nothing in it
         raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
 
 
@@ -112,19 +140,33 @@ def change_config(run: Path, config: Config, prepared: Prepared) -> None:
 
 def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run, and where its data are; InputError where it is no run."""
-    if not (run / "config.toml").is_file():
+    try:
+        found = (run / "config.toml").is_file()
+    except OSError as error:
+        raise InputError(f"Cannot read {run}: {error.strerror}.") from None
+    if not found:
         parent = run.parent
         known = [p.parent.name for p in parent.glob("*/config.toml")] if parent.is_dir() else []
         hint = f" In {parent}: {nearest(run.name, known)}" if known else ""
         raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
     values = read_toml(run / "config.toml")
     data = {key: values.pop(key, None) for key in DATA_KEYS}
-    missing = [key for key in ("vocab_size", "steps", "spheres", "batch_size", "seed") if key not in values]
+    missing = [key for key in DECIDED if key not in values]
     missing += [key for key in ("data", "data_fingerprint") if not data[key]]
     if missing:
         raise InputError(f"{run / 'config.toml'} is damaged: {', '.join(missing)} missing.")
+    for key, value in data.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{run / 'config.toml'} is damaged: {key} is {shown(value)}.")
     try:
-        return build(values), data
+        config = build(values)
+        check_shape(config)
+        assert config.workers is not None and config.spheres is not None and config.batch_size is not None
+        if not config.workers <= config.spheres <= config.batch_size:
+            raise InputError(
+                f"workers {config.workers}, spheres {config.spheres} and batch_size {config.batch_size} do not grow."
+            )
+        return config, data
     except InputError as error:
         raise InputError(f"{run / 'config.toml'} is damaged: {error}") from None
 
@@ -152,6 +194,11 @@ def plan_resume(
         raise InputError(
             f"{run} was begun with other data: {prepared.folder} has fingerprint {prepared.fingerprint[:12]},"
             f" the run's is {str(where['data_fingerprint'])[:12]}. Give the data that it was begun with."
+        )
+    if config.vocab_size != prepared.vocab_size:
+        raise InputError(
+            f"{run / 'config.toml'} says vocab_size {config.vocab_size}, {prepared.folder} has {prepared.vocab_size}."
+            " Set it back, or begin a new run."
         )
     steps, stop_at, workers = given.get("steps"), given.get("stop_at"), given.get("workers")
     reached = max(Store(run).steps(), default=0)
@@ -181,9 +228,10 @@ def plan_resume(
 
 def _evaluated(run: Path, step: int) -> bool:
     """Whether the checkpoint of a step came after its evaluation: a signal may have come between them."""
+    path = Store(run).path(step)
     try:
-        return json.loads((Store(run).path(step) / "state.json").read_text())["evaluated"] == step
-    except (OSError, ValueError, KeyError, TypeError):
+        return parse(path, STATE, read_bytes(path, STATE, STATE_BYTES)).get("evaluated") == step
+    except Damaged:
         return False
 
 
@@ -195,9 +243,9 @@ def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, lis
     store = Store(run)
     store.tidy()
     if not store.steps():
-        saved = [r["step"] for r in read(run / "metrics.jsonl") if r.get("event") in ("saved", "best")]
+        saved = [r.get("step") for r in read(run / "metrics.jsonl") if r.get("event") in ("saved", "best")]
         if saved:
-            raise InputError(f"{store.folder} is empty, though step {saved[-1]} was saved. Begin a new run.")
+            raise InputError(f"{store.folder} is empty, though step {shown(saved[-1])} was saved. Begin a new run.")
         return None, []
     checkpoint, refused = store.newest_good()
     made = {"layout": asdict(shape_of(config)), **{key: getattr(config, key) for key in MADE_WITH}}
@@ -205,6 +253,29 @@ def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, lis
         if checkpoint.state.get(key) != value:
             raise InputError(
                 f"{run / 'config.toml'} says {key} {value}, but {checkpoint.path} was made with"
-                f" {checkpoint.state.get(key)}. Set it back, or begin a new run."
+                f" {shown(checkpoint.state.get(key))}. Set it back, or begin a new run."
             )
+    _check_contents(checkpoint, config)
     return checkpoint, refused
+
+
+def _check_contents(checkpoint: Checkpoint, config: Config) -> None:
+    """Damaged where a whole checkpoint does not hold what a resume takes from it: its hashes do not say so."""
+    state = checkpoint.state
+    for key in ("step", *COUNTERS):
+        if type(state.get(key)) is not int:
+            raise Damaged(checkpoint.path, f"{STATE} has {key} {shown(state.get(key))}")
+    if state["step"] != checkpoint.step:
+        raise Damaged(checkpoint.path, f"{STATE} is of step {state['step']}")
+    if not isinstance(state.get("best_loss"), float | None) or not isinstance(state.get("fingerprint"), dict):
+        raise Damaged(checkpoint.path, f"{STATE} has no best_loss or no fingerprint")
+    kinds = ("moments", "squares") if config.optimizer == "adamw" else ("moments",)
+    shapes = {tensor.name: tensor.shape for tensor in Layout(shape_of(config)).tensors}
+    moments = {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
+    for file, expected in ((MODEL, shapes), (OPTIMIZER, moments)):
+        found = tensors.shapes(checkpoint.path, file)
+        if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+            raise Damaged(
+                checkpoint.path,
+                f"{file} has {shown(wrong[0])} as {shown(found.get(wrong[0]))}, expected {expected.get(wrong[0])}",
+            )

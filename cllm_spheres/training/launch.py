@@ -132,7 +132,7 @@ def _likely(options: dict[str, Any] | None) -> list[str]:
     """dtype and width as far as the options tell, or nothing."""
     if options is None:
         return []
-    preset = PRESETS.get(options.get("preset") or DEFAULT_PRESET, {})
+    preset = PRESETS.get(str(options.get("preset") or DEFAULT_PRESET), {})
     return [str(options.get("dtype") or "auto"), str(options.get("width") or preset.get("width", 0))]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from cllm_spheres.config import MAX_SPHERES, Config
+from cllm_spheres.config import MAX_SPHERES, MAX_STEPS, Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
@@ -42,7 +42,13 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     values["ff_width"] = config.ff_width or 4 * config.width
     if config.epochs is not None:
         windows = len(prepared.train) // config.block_size
-        values["steps"] = max(1, math.ceil(config.epochs * windows / batch_size))
+        wanted = config.epochs * windows / batch_size
+        if wanted > MAX_STEPS:
+            raise InputError(
+                f"--epochs {config.epochs:g} are {wanted:.3g} steps of this text, and a run has at most {MAX_STEPS:,}."
+                " Give fewer."
+            )
+        values["steps"] = max(1, math.ceil(wanted))
     steps = values["steps"]
     assert steps is not None, "every preset names steps or epochs"
     if config.warmup is None:
@@ -57,6 +63,7 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
         batches = min(EVAL_BATCHES, max(4, round(values["eval_every"] * EVAL_SHARE * STEP_PER_FORWARD)))
         values["eval_tokens"] = batches * batch_size * config.block_size
     resolved = Config(**values)
+    check_shape(resolved)  # now that the steps are known
     check_memory(resolved, prepared)
     return resolved
 

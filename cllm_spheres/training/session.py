@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config, merge, read_toml
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, shown
 from cllm_spheres.faults import parse
 from cllm_spheres.text.embedded import minimal_text
 from cllm_spheres.text.folder import is_prepared
@@ -58,7 +58,8 @@ def make_plan(
         raise InputError("--resume needs --run: which run shall go on?")
     if file is not None:
         raise InputError("--resume takes its configuration from the run: leave --config out.")
-    merge(options)  # names unknown options and values out of range
+    config, names = merge(options)  # names unknown options and values out of range
+    options = {name: getattr(config, name) for name in names}  # "3" is 3 from here on
     plan, finished = resumed_run(run, options, data=data, exact=exact, progress=progress)
     first = max(Store(run).steps(), default=0) + 1
     return replace(plan, faults=_faults(faults, plan.config, first, plan.stop_at)), finished
@@ -92,12 +93,16 @@ def new_run(
     config, given = merge(options, file)
     recorded = read_toml(file) if file and data is None else {}
     if "data" in recorded:  # the config.toml of another run: the same again
+        if not isinstance(recorded["data"], str):
+            raise InputError(f"{file} has data = {shown(recorded['data'])}: it must be the path of a folder.")
         data = Path(recorded["data"])
     check_shape(config)
     places(config, given)
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
     source = minimal_text() if data is None and config.preset == "minimal" else data
+    if source is not None:
+        folder.check_name(source)
     prepared = prepare_data(source, config.tokenizer, config.vocab_size, given, progress)
     if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")

@@ -131,6 +131,7 @@ def read(run: Path) -> RunView:
 def open_view(run: Path) -> RunView:
     """A view with the name and the configuration of a run folder, without its records."""
     view = RunView(run.resolve().name)
-    with contextlib.suppress(InputError):  # not written yet: the start event has what matters
-        view.configure(read_toml(run / "config.toml"))
+    if (run / "config.toml").is_file():  # else it is not written yet: the start event has what matters
+        with contextlib.suppress(InputError):
+            view.configure(read_toml(run / "config.toml"))
     return view

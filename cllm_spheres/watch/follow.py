@@ -139,8 +139,11 @@ def follow(
 
 def find_run(run: Path) -> Path:
     """The folder, if it is one of a run; else InputError that names the nearest one beside it."""
-    if (run / "metrics.jsonl").is_file() or (run / "config.toml").is_file():
-        return run
+    try:
+        if (run / "metrics.jsonl").is_file() or (run / "config.toml").is_file():
+            return run
+    except OSError as error:
+        raise InputError(f"Cannot read {run}: {error.strerror}.") from None
     what = "is not the folder of a run: it has no metrics.jsonl" if run.is_dir() else "does not exist"
     places = [run] if run.is_dir() else []
     for place in [*places, run.parent, Path("runs")]:

@@ -27,6 +27,8 @@ class Reader:
         self._num_steps = 0
 
     def read(self) -> list[Record]:
+        if not self.path.is_file():  # a pipe would make the reader wait
+            return []
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)

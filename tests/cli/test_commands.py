@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -101,3 +102,11 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
     assert len(steps) == 3 and all(record["clipped_norm"] == record["grad_norm"] for record in steps)
     again = command("train", "--resume", "--run", "run", "--clip", "0", "--steps", "4", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+def test_names_that_are_not_utf8_are_shown_in_escapes(tmp_path):
+    (tmp_path / "a.txt").write_text(text(20))
+    name = os.fsdecode(b"out-\xff")
+    result = command("prepare", "a.txt", "--tokenizer", "byte", "--out", name, cwd=tmp_path)
+    assert result.returncode == 0 and "out-\\udcff: 1 documents" in result.stdout, result.stderr
+    assert command("data", name, cwd=tmp_path).returncode == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.errors import InputError
+from cllm_spheres.text import folder as folders
 from cllm_spheres.text import prepare as prepare_module
 from cllm_spheres.text.embedded import embedded_files, minimal_text
 from cllm_spheres.text.prepare import prepare
@@ -198,3 +199,81 @@ def test_the_embedded_corpus_is_prepared_and_cached():
     first = prepare_cached(None, "bpe", 512)
     assert first.manifest["tokens"] > 1_000_000 and "standard library" in first.manifest["sources"][0]
     assert prepare_cached(None, "bpe", 512).folder == first.folder
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused_without_waiting(folder, name, what):
+    (folder / name).unlink()
+    os.mkfifo(folder / name) if what == "pipe" else (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="not a file"):
+        Prepared.open(folder)
+
+
+def reseal(folder, **entries):
+    """A manifest with other entries and a true hash, as one who means harm would write it."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | entries
+    for name, entry in manifest["files"].items() if isinstance(manifest["files"], dict) else ():
+        if (folder / name).is_file():
+            entry |= {"bytes": (folder / name).stat().st_size, "sha256": folders.hash_file(folder / name)}
+    del manifest["manifest_sha256"]
+    folders.write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"files": []}, {"files": {"train.bin": {}}}, {"files": {"../x": {"bytes": 1, "sha256": ""}}}, {"dtype": "O"},
+        {"dtype": ["uint16"]}, {"train": 3}, {"train": {"documents": 1, "bytes": 1, "tokens": "1"}},
+        {"vocab_size": True},
+        {"vocab_size": 2**31 + 1}, {"eot": 270}, {"skipped": {"binary": "3"}}, {"sources": None}, {"notes": [1]},
+        {"tokenizer": {}}, {"val_fraction": "0.1"}, {"documents": -1},
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_under_a_true_hash_are_named(folder, entries):
+    reseal(folder, **entries)
+    with pytest.raises(InputError, match=f"manifest.json has {next(iter(entries))} "):
+        Prepared.open(folder)
+
+
+def test_tokens_above_the_vocabulary_under_a_true_hash_are_refused(folder):
+    ids = np.fromfile(folder / "train.bin", "<u2")
+    ids[3] = 270
+    ids.tofile(folder / "train.bin")
+    reseal(folder)
+    with pytest.raises(InputError, match=r"train\.bin holds token 270, the vocabulary is 270"):
+        Prepared.open(folder).verify()
+
+
+def test_half_a_token_at_the_end_is_refused(folder):
+    with (folder / "val.bin").open("ab") as file:
+        file.write(b"x")
+    reseal(folder)
+    with pytest.raises(InputError, match="not a multiple of the 2 of a token"):
+        Prepared.open(folder)
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_bad_input(folder):
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="no JSON"):
+        Prepared.open(folder)
+    assert not folders.is_prepared(folder)
+
+
+def test_a_name_that_is_too_long_is_bad_input(source, tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        Prepared.open(tmp_path / ("x" * 300))
+    with pytest.raises(InputError, match="File name too long"):
+        prepare([source], tmp_path / ("x" * 300) / "out")
+
+
+def test_a_zero_byte_in_a_name_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="null byte"):
+        prepare([tmp_path / "a\0b"], tmp_path / "out")
+
+
+def test_a_damaged_key_of_the_cache_is_made_anew(source, cache):
+    first = prepare_cached([source], "byte")
+    for key in (cache / "keys").iterdir():
+        key.write_bytes(b"\xff\xfe")
+    assert prepare_cached([source], "byte").fingerprint == first.fingerprint

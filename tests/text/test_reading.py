@@ -226,3 +226,17 @@ def test_any_bytes_are_read_or_counted(tmp_path_factory, data):
 def test_reasons_for_bad_bytes_are_those_of_the_list():
     with pytest.raises(NotText, match="binary"):
         reading.encoding_of(lambda: iter([b"\0"]), b"\0")
+
+
+def test_an_unknown_section_of_html_is_a_comment(read):
+    assert read(b"<html><p>one<![foo[ x ]>two</html>")[0] == ["onetwo\n"]
+
+
+def test_html_with_a_number_of_too_many_digits_is_counted(read):
+    assert read(b"<html>a &#" + b"9" * 5000 + b"; b</html>") == ([], {"damaged html": 1})
+
+
+@pytest.mark.timeout(60)  # Python's parser alone needs minutes for each
+@pytest.mark.parametrize("unit", [b"<a ", b"<!--", b"<a b='", b"</a", b"<?"])
+def test_html_that_never_ends_a_tag_takes_no_time(read, unit):
+    assert read(b"<html>one<br>" + unit * 100_000)[0] == ["one\n"]

@@ -156,3 +156,31 @@ def test_a_tokenizer_file_of_something_else_is_bad_input(record, tmp_path):
         load_tokenizer(path)
     with pytest.raises(InputError, match="No such file"):
         load_tokenizer(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "?"}},
+        {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 7}},
+        {"padding": {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "x"}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "Prepend", "prepend": "x"}},
+        {"added_tokens": []},
+    ],
+)  # fmt: skip
+def test_a_library_file_of_another_kind_is_refused_before_it_meets_a_text(part, tmp_path):
+    train_bpe(["some text"], 260).save(tmp_path / "tokenizer.json")
+    record = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record | part))
+    with pytest.raises(InputError, match=f"{next(iter(part))} are not those of a byte-level BPE"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("record", [{"kind": "word", "words": ["a", 5]}, {"kind": "char", "characters": ["ab"]}])
+def test_words_and_characters_that_are_no_text_are_refused(record, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="damaged"):
+        load_tokenizer(tmp_path / "tokenizer.json")

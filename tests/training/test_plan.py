@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cllm_spheres.config import PRESETS, merge
+from cllm_spheres.config import MAX_TOML_BYTES, PRESETS, Config, merge, read_toml, to_toml
 from cllm_spheres.errors import InputError
 from cllm_spheres.spheres.placement import Core
 from cllm_spheres.text.prepared import Prepared
@@ -138,3 +140,46 @@ def test_workers_are_pinned_where_they_do_not_outnumber_the_cores(resolve, corpu
     config = resolve(cores, workers=4, spheres=4, preset="tiny")
     job = plan.make_job(config, Prepared.open(corpus))
     assert job.cores == ([0, 1, 2, 3] if cores >= 4 else [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 10**18, "heads": 7}, {"layers": 10**9}, {"block_size": 10**30}, {"vocab_size": 2**40},
+        {"ff_width": 10**18}, {"batch_size": 10**18}, {"lr": float("inf")}, {"min_lr": float("nan")},
+        {"epochs": float("inf")}, {"dropout": float("nan")}, {"preset": ["small"]}, {"preset": {}}, {"x" * 10**4: 1},
+        {"optimizer": "x" * 10**5}, {name: [1] for name in Config.model_fields if name not in ("preset", "epochs")},
+    ],
+)  # fmt: skip
+def test_options_that_no_machine_can_take_are_refused_at_once_in_a_paragraph(options):
+    with pytest.raises(InputError) as refused:
+        merge(options)
+    assert len(str(refused.value)) < 1500
+
+
+def test_epochs_of_more_steps_than_a_run_has_are_refused(resolve):
+    with pytest.raises(InputError, match=r"--epochs 1e\+300 are .* steps of this text, and a run has at most"):
+        resolve(epochs=1e300)
+
+
+def test_a_warmup_longer_than_the_epochs_is_refused(resolve):
+    with pytest.raises(InputError, match="--warmup 1000000 is longer than the run"):
+        resolve(epochs=1, warmup=10**6)
+
+
+@pytest.mark.parametrize("text", ["lr = " + "9" * 5000, "lr = " + "[" * 5000])
+def test_a_toml_that_breaks_parsers_is_bad_input(tmp_path, text):
+    (tmp_path / "options.toml").write_text(text)
+    with pytest.raises(InputError, match="a number is too long, or values are nested too deeply"):
+        merge({}, tmp_path / "options.toml")
+
+
+def test_a_configuration_that_never_ends_is_bad_input():
+    with pytest.raises(InputError, match=f"more than {MAX_TOML_BYTES:,} bytes"):
+        merge({}, Path("/dev/zero"))
+
+
+def test_names_of_any_characters_are_read_back_from_toml(tmp_path):
+    name = '/\U0001f600 ü \x7f \x1b " \\ \n'
+    (tmp_path / "config.toml").write_text(to_toml(Config(), {"data": name}), encoding="utf-8")
+    assert read_toml(tmp_path / "config.toml")["data"] == name
