@@ -106,13 +106,14 @@ def create(run: Path, config: Config, prepared: Prepared, text: str | None) -> N
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_config(run, config, prepared, text)
-        for folder in {run, *(folder.parent for folder in made)}:
-            Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
     except OSError as error:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # write_config leaves nothing in it
         raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
+    for folder in {run, *(folder.parent for folder in made)}:
+        with contextlib.suppress(OSError):  # one that may not be read cannot be synced
+            Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
 
 
 def write_config(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:

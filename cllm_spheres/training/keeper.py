@@ -50,9 +50,13 @@ class Keeper:
         self._copy: dict[str, np.ndarray] = {}
         self._step = 0  # that is being saved
 
-    def save(self, progress: Progress, best: bool = False) -> None:
-        """Have the last whole step saved; `best` points checkpoints/best to it. Older ones are pruned."""
-        if not self._saver.free():
+    def save(self, progress: Progress, best: bool = False, last: bool = False) -> None:
+        """Have the last whole step saved; `best` points checkpoints/best to it. Older ones are pruned.
+
+        Where the disk is still busy with the checkpoint before for very long, this one is left out, unless it is the
+        last.
+        """
+        if not self._saver.free(None if last else BUSY_S):
             self.metrics.event(
                 "unsaved", f"Step {progress.step:,} is not saved: the disk is still busy with step {self._step:,}.",
                 progress.step, seconds=BUSY_S,

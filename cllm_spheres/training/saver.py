@@ -33,10 +33,10 @@ class Saver:
         self._fatal: BaseException | None = None
         threading.Thread(target=self._work, daemon=True).start()
 
-    def free(self) -> bool:
-        """Wait until nothing is being written; what failed and waits is given up. False: it takes too long."""
+    def free(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is being written; what failed and waits is given up. False: it takes longer than that."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._writing, BUSY_S):
+            if not self._changed.wait_for(lambda: not self._writing, seconds):
                 return False
             self._raise_fatal()
             self._save = None

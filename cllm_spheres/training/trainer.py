@@ -56,11 +56,11 @@ class Trainer:
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
-        self.layout = Layout(make_job(config, prepared).shape)
+        job = make_job(config, prepared)
+        self.layout = Layout(job.shape)
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(run / "metrics.jsonl", status=status)
-        job = make_job(config, prepared)
         job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, 1, self.steps)])
         self.profiled: int | None = None  # the step that is traced
         if profile:
@@ -116,7 +116,7 @@ class Trainer:
             if worth_it and self.node_zero.close_gate():
                 self.progress.step = self.metrics.steps(self.node_zero, self.step)
                 if self.step and self.progress.saved != self.step:
-                    self.keeper.save(self.progress)
+                    self.keeper.save(self.progress, last=True)
             self.keeper.finish()
 
     def _start(self, checkpoint: Checkpoint | None, exact: bool) -> None:
@@ -233,7 +233,7 @@ class Trainer:
             better = self._evaluate()
         due = self.progress.saved != self.step and (ends or self.step % self.save_every == 0)
         if self.step and (better or due):
-            self.keeper.save(self.progress, better)
+            self.keeper.save(self.progress, better, last=ends)
 
     def _evaluate(self) -> bool:
         """One evaluation; whether it is the best so far."""
@@ -323,7 +323,7 @@ class Trainer:
         if not self.node_zero.finished():
             self.node_zero.kill()
         if self.step and self.progress.saved != self.step:
-            self.keeper.save(self.progress)
+            self.keeper.save(self.progress, last=True)
         self.keeper.finish()
         number = self.wishes.number
         saved = f"Saved step {self.step}." if self.step else "No step was finished yet."

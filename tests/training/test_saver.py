@@ -73,12 +73,10 @@ def test_the_end_tries_at_once_and_then_says_why_it_failed(monkeypatch):
     saver.finish()  # it was told once
 
 
-def test_the_training_waits_for_a_slow_disk_but_not_for_ever(monkeypatch):
+def test_the_training_waits_for_a_slow_disk_but_not_for_ever():
     go, saver = threading.Event(), Saver(lambda error, seconds: None)
     saver.give(lambda: go.wait(10) and None)
-    monkeypatch.setattr(module, "BUSY_S", 0.05)
-    assert not saver.free()
-    monkeypatch.setattr(module, "BUSY_S", 10.0)
+    assert not saver.free(0.05)
     threading.Timer(0.1, go.set).start()
     began = time.monotonic()
     assert saver.free() and time.monotonic() - began < 5
