@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in a shell's background begins with it ignored
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
