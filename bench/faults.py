@@ -31,6 +31,8 @@ from cllm_spheres.training.launch import Launch
 from cllm_spheres.units import duration, size
 
 SAMPLE_S = 2.0
+GROWS = 0.02  # from the first quarter's median to the last's: more is growth, less is noise
+SLOPE_HOURS = 1 / 6  # below, a slope is noise
 
 
 @dataclass(frozen=True)
@@ -188,20 +190,24 @@ def _report_soak(options: Options, kills: list[Kill], samples: list[Sample], fol
         f" {options.preset}; {len(samples)} samples. Without the first tenth:", "",
         "| | median of the first quarter | of the last | slope an hour | least | most |", "|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
+    grown: list[str] = []
     for name, unit in (("memory_bytes", 1e6), ("descriptors", 1), ("threads", 1), ("processes", 1)):
         values = np.array([getattr(s, name) for s in steady]) / unit
         quarter = max(1, len(values) // 4)
-        slope = np.polyfit(at, values, 1)[0]
+        first, last = np.median(values[:quarter]), np.median(values[-quarter:])
+        slope = f"{np.polyfit(at, values, 1)[0]:+.2f}" if at[-1] - at[0] >= SLOPE_HOURS else "too short"
+        grown += [name] * bool(last > first * (1 + GROWS))
         lines.append(
-            f"| {name.replace('memory_bytes', 'memory, MB')} | {np.median(values[:quarter]):.1f} |"
-            f" {np.median(values[-quarter:]):.1f} | {slope:+.2f} | {values.min():.1f} | {values.max():.1f} |"
+            f"| {name.replace('memory_bytes', 'memory, MB')} | {first:.1f} | {last:.1f} | {slope} |"
+            f" {values.min():.1f} | {values.max():.1f} |"
         )
     seconds = [kill.seconds for kill in kills]
     p50, p95 = np.percentile(seconds, [50, 95])
-    lines += ["", f"Recovery: p50 {p50:.3f} s, p95 {p95:.3f} s, longest {max(seconds):.3f} s."]
+    lines += ["", f"Recovery: p50 {p50:.3f} s, p95 {p95:.3f} s, longest {max(seconds):.3f} s.", ""]
+    lines += [f"It grew: {', '.join(grown)}." if grown else "Nothing grew from the first quarter to the last."]
     data = {"kills": [asdict(kill) for kill in kills], "samples": [asdict(sample) for sample in samples]}
     _publish(folder, "soak", "Killed for a long time", options, lines, data)
-    return 0
+    return 1 if grown else 0
 
 
 def _publish(

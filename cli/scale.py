@@ -16,7 +16,16 @@ def scale(
 
     The run keeps the number for a later --resume.
     """
+    import sys
+
     from cllm_spheres.training.control import ask
     from cllm_spheres.watch.follow import find_run
 
-    print(ask(find_run(run), {"workers": workers}))
+    def waiting() -> None:
+        print("Waiting until the step and what else is under way have ended ...", file=sys.stderr)
+
+    try:
+        print(ask(find_run(run), {"workers": workers}, waiting))
+    except KeyboardInterrupt:
+        print("The number of workers stays as it is.", file=sys.stderr)
+        raise typer.Exit(130) from None

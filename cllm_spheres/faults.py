@@ -40,8 +40,8 @@ class Fault:
         return PHASES.index(self.phase), self.step, self.sphere, 1 + ACTIONS.index(self.action)
 
 
-def parse(texts: list[str], spheres: int, first: int, last: int) -> list[Fault]:
-    """The faults of a run that will do the steps first .. last. InputError names what is wrong with one."""
+def parse(texts: list[str], spheres: int, last: int) -> list[Fault]:
+    """The faults of a run of the steps 1 .. last. InputError names what is wrong with one."""
     faults = []
     for text in texts:
         match = _FORM.fullmatch(text.strip().lower())
@@ -54,8 +54,8 @@ def parse(texts: list[str], spheres: int, first: int, last: int) -> list[Fault]:
             raise InputError(f"--fault {text}: there is no action {action!r}: {nearest(action, ACTIONS)}")
         if sphere >= spheres:
             raise InputError(f"--fault {text}: there is no sphere {sphere}: the run has 0 to {spheres - 1}.")
-        if not first <= step <= last:
-            raise InputError(f"--fault {text}: step {step} is not among those of this run, {first} to {last}.")
+        if not 1 <= step <= last:
+            raise InputError(f"--fault {text}: step {step} is not among those of this run, 1 to {last}.")
         if action == "nan" and phase not in HAVE_NUMBERS:
             raise InputError(f"--fault {text}: no number arises in {phase}; nan is for {', '.join(HAVE_NUMBERS)}.")
         faults.append(Fault(phase, step, sphere, action))

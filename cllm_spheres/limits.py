@@ -11,7 +11,12 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from cllm_spheres.errors import InputError
+from cllm_spheres.units import size
+
 ENOUGH_FILES = 4096  # what the soft limit is raised to: far above what a run of 156 workers needs
+# Address space of a process besides shared memory and arena: the peak of Node Zero, which maps most.
+ADDRESS_BYTES = 740_000_000
 # Capabilities whose holders RLIMIT_NPROC does not hold back: CAP_SYS_ADMIN and CAP_SYS_RESOURCE.
 _EXEMPT = 1 << 21 | 1 << 24
 
@@ -20,6 +25,16 @@ def read(which: int) -> tuple[int | None, int | None]:
     """(soft, hard) of a resource limit; None is no limit."""
     soft, hard = resource.getrlimit(which)
     return (None if soft == resource.RLIM_INFINITY else soft), (None if hard == resource.RLIM_INFINITY else hard)
+
+
+def check_address_space(needed: int = ADDRESS_BYTES) -> None:
+    """InputError where a process may not map what it needs; the least of any run can be asked before imports fail."""
+    most = read(resource.RLIMIT_AS)[0]
+    if most is not None and needed > most:
+        raise InputError(
+            f"Too little address space: each process of this run maps {size(needed)}, and {size(most)} are allowed"
+            " (ulimit -v). Lift that limit: ulimit -v unlimited. Or try fewer --spheres."
+        )
 
 
 def most_files() -> int | None:

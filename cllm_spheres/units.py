@@ -14,6 +14,11 @@ def compact(value: float | None) -> str:
     return f"{value:.0f}" if value >= 9.95 or value == 0 else f"{value:.1f}"
 
 
+def plural(count: int, what: str) -> str:
+    """1, "worker" -> '1 worker'; 2 -> '2 workers'"""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def duration(seconds: float | None) -> str:
     """72 -> '1m12s', in at most 6 characters for less than 100 days; '–' for None."""
     if seconds is None:

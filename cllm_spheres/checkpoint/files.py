@@ -37,10 +37,8 @@ class Damaged(InputError):
     """A checkpoint is not what was written: `reason` names the file, what was expected and what was found."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"The checkpoint {path} is damaged: {reason}."
-            " Choose another with --checkpoint; --resume takes the newest good one."
-        )
+        self.what = f"The checkpoint {path} is damaged: {reason}."
+        super().__init__(f"{self.what} Choose another with --checkpoint; --resume takes the newest good one.")
         self.path = path
         self.reason = reason
 

@@ -191,9 +191,10 @@ class Store:
             try:
                 return self.load(step), refused
             except Damaged as error:
-                refused.append(str(error))
+                refused.append(error.what)
         if refused:
-            raise InputError("\n".join([f"None of the checkpoints in {self.folder} can be used.", *refused]))
+            lines = [f"None of the checkpoints in {self.folder} can be used.", *refused]
+            raise InputError("\n".join([*lines, "Restore one from a backup, or begin a new run in another folder."]))
         self.find()  # says that there are none
         raise InputError(f"The checkpoints in {self.folder} were removed while they were read.")
 

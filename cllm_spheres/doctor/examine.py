@@ -41,6 +41,7 @@ def examine(
     yield look("shared memory", system.look_at_sharing)
     yield look("temporary files", needs.look_at_temporary_folder)
     yield look("kernel cache", needs.look_at_kernel_cache)
+    yield look("text cache", needs.look_at_text_cache)
     yield look("run", lambda: needs.look_at_run(config, job))
     yield look("run's memory", lambda: needs.look_at_memory(job))
     yield look("address space", lambda: needs.look_at_address_space(job))

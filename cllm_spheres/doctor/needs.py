@@ -17,6 +17,7 @@ from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
+from cllm_spheres.text.prepared import cache_folder
 from cllm_spheres.training import start
 from cllm_spheres.training.plan import EVAL_BATCHES, check_shape, memory_bytes, places, shape_of
 from cllm_spheres.units import size
@@ -120,6 +121,18 @@ def look_at_temporary_folder() -> Answer:
     except OSError as error:
         return "bad", f"no scratch file can be written: {error.strerror or error}", "Let TMPDIR name another folder."
     return "ok", f"{folder} is writable, {size(limits.free_bytes(folder))} free"
+
+
+def look_at_text_cache() -> Answer:
+    """Where text that `train` prepares by itself is kept."""
+    folder = cache_folder()
+    if reason := limits.unwritable(limits.existing(folder)):
+        return (
+            "note", f"{folder} cannot be written: {reason}",
+            "Raw text cannot be trained on: prepare it into a folder first (cllm-spheres prepare), or let"
+            " XDG_CACHE_HOME name a folder that you may write to.",
+        )  # fmt: skip
+    return "ok", f"{folder} is writable, {size(limits.free_bytes(limits.existing(folder)))} free"
 
 
 def look_at_kernel_cache() -> Answer:

@@ -70,10 +70,10 @@ class Crew:
                 self._hear(json.loads(data))
                 self._ring()
         with self._lock:
+            self.server_gone = True  # first: whoever sees an end of its workers sees its own
             for worker in list(self.pids):  # they end with their server, and nobody tells how
                 self._take_out(worker, signal.SIGKILL, with_server=True)
             self._asked.clear()
-        self.server_gone = True
         self._ring()
 
     def _hear(self, message: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres import faults
-from cllm_spheres.errors import RunFailed, SphereLost
+from cllm_spheres.errors import SphereLost
 from cllm_spheres.faults import Fault
 from cllm_spheres.kernels.progress import act
 from cllm_spheres.machine import usable_cores
@@ -30,9 +30,11 @@ from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.placement import Claims, claim, read_cores
 from cllm_spheres.spheres.serving import Server
 from cllm_spheres.spheres.silence import Silence
+from cllm_spheres.units import plural
 
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
-READY_WITHIN_S = 120.0  # workers that are asked for; the kernels may have to be compiled again
+READY_WITHIN_S = 60.0  # workers that are asked for, 63 of them in 0.7 s
+COMPILED_WITHIN_S = 600.0  # the kernels, in 14 s; on a slow machine in a minute or two
 
 
 class NodeZero:
@@ -63,34 +65,30 @@ class NodeZero:
     # ---- starting and ending
 
     def start(self) -> None:
-        """The server and all workers; returns when every worker is ready. RunFailed where memory ran out."""
+        """The server and all workers; returns when every worker is ready. SphereLost where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
         for words, fault in zip(self.memory.fault_words(), self.job.faults, strict=False):
             words[: M.F_FIRED] = Fault(*fault).words
         self.crew = Crew(self.job, self.memory, self.ring_bell, self._status, self._server_given)
         self.crew.spawn(list(range(self.job.workers)))
-        while not self.crew.warm.wait(LOOK_AROUND_S):  # it may compile for a while
-            self._look()
-            if self.crew.server_gone:
-                raise RunFailed(
-                    f"The process that starts the workers (pid {self.server_pid}) {self.crew.server_end()}."
-                )
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
         """Until all workers wait for commands; whoever ends meanwhile is replaced."""
-        deadline = time.monotonic() + READY_WITHIN_S
+        began = time.monotonic()
         while not self.crew.ready():
             self.wait_for_bell()
             self._look()
             self.check()
-            if time.monotonic() > deadline:
-                self._try_another_server()
+            self._end_slow_server(began)
 
-    def _try_another_server(self) -> None:
-        """It hangs, or somebody that it has started does: all of them are ended, and the next one is tried."""
-        self.crew.server.process.kill()
+    def _end_slow_server(self, began: float) -> None:
+        """Where workers that were asked for are not ready in time, the server hangs, or one of them does. Another one
+        is tried: its end is noticed like any other.
+        """
+        if time.monotonic() - began > (READY_WITHIN_S if self.crew.warm.is_set() else COMPILED_WITHIN_S):
+            self.crew.server.process.kill()
 
     def close(self) -> None:
         """End every worker and the server; nothing of the run is left when this returns."""
@@ -260,11 +258,10 @@ class NodeZero:
                 missing = self.crew.missing()
                 replaced.update(missing)
                 self.crew.spawn(missing)
-                deadline = time.monotonic() + READY_WITHIN_S
+                asked = time.monotonic()
                 while not self.crew.ready() and not self.crew.lost:
                     self.wait_for_bell()
-                    if time.monotonic() > deadline:
-                        self._try_another_server()
+                    self._end_slow_server(asked)
             self._give_again(*interrupted)
         finally:
             self._recovering = False
@@ -281,7 +278,8 @@ class NodeZero:
         why = f"Worker {worker} ended {MOST_DEATHS} times within step {step}"
         if workers == 0:
             raise SphereLost(f"{why}, and it was the last one.")
-        self._tell("fewer", f"{why}: the run goes on with {workers} workers. Its bits stay the same.", workers=workers)
+        goes_on = f"the run goes on with {plural(workers, 'worker')}. Its bits stay the same."
+        self._tell("fewer", f"{why}: {goes_on}", workers=workers)
         cores = self.job.cores
         self._staff(workers, cores[:worker] + cores[worker + 1 :])
 

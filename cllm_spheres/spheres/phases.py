@@ -137,6 +137,14 @@ def gather(x, step):
 
 
 @kernel
+def _finite(values):
+    for value in values:  # noqa: SIM110
+        if not np.isfinite(value):
+            return False
+    return True
+
+
+@kernel
 def decide(x, step, index):
     """After the gather, once: the step's record begun, clip and learning rate decided, the verdict laid down.
 
@@ -166,7 +174,8 @@ def decide(x, step, index):
     numbers[M.R_SKIPPED] = 0 if finite else 1
     numbers[M.R_APPLIED] = t if finite else t - 1
     d[D_VERDICT] = UPDATE if finite else SKIP
-    if not finite and not x[C.SKIP_NONFINITE]:
+    # No later step can work where the weights themselves are not finite.
+    if not finite and not (x[C.SKIP_NONFINITE] and _finite(floats(x[C.PARAMS], x[C.NUM_BLOCKS] * BLOCK))):
         d[D_VERDICT] = END
         store(C.word(x, M.HALT), M.HALT_NONFINITE)
     elif exchange_if(C.word(x, M.GATE), step - 1, step) != step - 1:

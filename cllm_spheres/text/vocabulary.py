@@ -138,7 +138,8 @@ def _bpe(vocab_size: int | None, exact: bool, work: Path, train: Part, run: RunT
             f"{num_ranges * length / 1e6:,.0f} of {total / 1e6:,.0f} MB."
         )
     out = work / "bpe.json"
-    wanted = vocab_size or DEFAULT_BPE
+    # No text gives more than a merge a byte, and the library takes memory for what it is asked for.
+    wanted = min(vocab_size or DEFAULT_BPE, MIN_BPE + total)
     task = {"do": "train_bpe", "work": str(work), "part": "train", "vocab_size": wanted, "ranges": ranges}
     (result,) = run([task | {"out": str(out)}], "vocabulary")
     if exact and vocab_size is not None and result["vocab_size"] < vocab_size:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 from cllm_spheres.errors import InputError, RunFailed
 
 PACKET_BYTES = 1 << 16
+MOMENT_S = 2.0
 ANSWERS_WITHIN_S = 600.0  # the step in progress and an evaluation may have to end first
 
 
@@ -38,6 +40,11 @@ class Wish:
 
     connection: socket.socket
     message: dict[str, Any]
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody listens for the answer any more."""
+        return bool(select.select([self.connection], [], [], 0)[0])  # nothing more is said, so this is its end
 
     def answer(self, **message: Any) -> None:
         """Reply, if it still listens, and be done with it."""
@@ -58,8 +65,11 @@ class Control:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def take(self) -> Wish | None:
-        """The wish, which is the caller's now."""
+        """The wish, which is the caller's now; None where whoever wished has gone meanwhile."""
         wish, self.wish = self.wish, None
+        if wish is not None and wish.given_up:
+            wish.connection.close()
+            return None
         return wish
 
     def _listen(self) -> None:
@@ -82,13 +92,18 @@ class Control:
                 self._on_wish()
 
 
-def ask(run: Path, message: dict[str, Any]) -> str:
-    """Have a run that goes on fulfil a wish; its answer. InputError where it refuses or no run goes on there."""
+def ask(run: Path, message: dict[str, Any], waiting: Callable[[], None] = lambda: None) -> str:
+    """Have a run that goes on fulfil a wish; its answer. InputError where it refuses or no run goes on there.
+
+    waiting: called once where the answer takes longer than a moment.
+    """
     connection = _socket()
     connection.settimeout(ANSWERS_WITHIN_S)
     try:
         connection.connect(_address(run))
         connection.send(json.dumps(message).encode())
+        if not select.select([connection], [], [], MOMENT_S)[0]:
+            waiting()
         data = connection.recv(PACKET_BYTES)
     except (ConnectionRefusedError, FileNotFoundError):
         raise InputError(

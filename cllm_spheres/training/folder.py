@@ -78,8 +78,8 @@ def check_new(run: Path) -> None:
 
 def _check_place(run: Path) -> None:
     if run.exists() and (not run.is_dir() or any(entry.name != NEW_CONFIG for entry in run.iterdir())):
-        hint = f"Continue it with: cllm-spheres train --resume --run {run}. " if (run / "config.toml").exists() else ""
-        raise InputError(f"{run} exists already. {hint}Or give another --run.")
+        hint = f"Continue it with: cllm-spheres train --resume --run {run}. Or" * (run / "config.toml").exists()
+        raise InputError(f"{run} exists already. {hint or 'Please'} give another --run.")
     folder = run
     while not folder.exists():
         folder = folder.parent
@@ -212,7 +212,7 @@ def plan_resume(
     horizon = steps or config.steps
     assert horizon is not None
     finished = None
-    if reached >= horizon and _evaluated(run, reached):
+    if reached >= horizon and _evaluated(run, reached) and _whole(run, reached):
         finished = f"{run} is finished: step {reached} of {horizon}. Go on with --steps {2 * reached}."
     elif stop_at is not None and stop_at <= reached:
         finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
@@ -225,6 +225,15 @@ def plan_resume(
         check_memory(config, prepared, resume=True)
         notes = check_start(config, prepared, run)
     return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
+
+
+def _whole(run: Path, step: int) -> bool:
+    """Whether the checkpoint of a step verifies: where it does not, a run is not finished, but goes on from another."""
+    try:
+        Store(run).load(step)
+    except Damaged:
+        return False
+    return True
 
 
 def _evaluated(run: Path, step: int) -> bool:

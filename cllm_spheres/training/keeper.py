@@ -97,15 +97,12 @@ class Keeper:
         self.metrics.event(
             "best" if best else "saved",
             f"Saved step {step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
-            step, path=str(path), seconds=seconds, copy_s=copy_s, val_loss=state["best_loss"],
+            step, path=str(path), seconds=seconds, copy_s=copy_s, **({"val_loss": state["best_loss"]} if best else {}),
         )  # fmt: skip
 
     def _failed(self, error: SaveFailed, again_s: float) -> None:
         """Told by the saver's thread; the training goes on."""
-        self.metrics.event(
-            "unsaved", f"{error} The training goes on; the next try comes in {again_s:.0f} s.", self._step,
-            seconds=again_s,
-        )  # fmt: skip
+        self.metrics.event("unsaved", f"{error} Tried again in {again_s:.0f} s.", self._step, seconds=again_s)
 
     def _before(self, operation: str, *paths: Path) -> None:
         """Before each change on disk: a fault on purpose comes when the first file has been written."""

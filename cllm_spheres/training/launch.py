@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.config import DEFAULT_PRESET, PRESETS
-from cllm_spheres.limits import raised_files
+from cllm_spheres.errors import InputError
+from cllm_spheres.limits import check_address_space, raised_files
 from cllm_spheres.spheres.serving import clean_environment
 from cllm_spheres.training.signals import STOP_SIGNALS
 
@@ -41,6 +42,7 @@ class Launch:
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         """options: those of a new run, which tell early what kernels it needs; None: not known before its plan."""
+        check_address_space()
         self.status = ""
         self._obeys = False
         self._outcome: dict[str, Any] | None = None
@@ -53,6 +55,10 @@ class Launch:
                     [sys.executable, "-P", "-m", "cllm_spheres.training.process", *_likely(options)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
                 )  # fmt: skip
+        except OSError as error:
+            raise InputError(
+                f"Node Zero cannot be started: {error.strerror}. Look at the limits: cllm-spheres doctor"
+            ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read, self._read_errors)]
@@ -123,7 +129,7 @@ class Launch:
         saved = any(self.plan.run.glob("checkpoints/step-*"))
         return 1, (
             f"Node Zero (pid {self.process.pid}) {how}."
-            f" {'Go on from the last checkpoint' if saved else 'No checkpoint had been saved; begin again'}:"
+            f" {'Go on from the last checkpoint' if saved else 'No checkpoint had been saved. Begin anew'}:"
             f" cllm-spheres train --resume --run {self.plan.run}" + (f"\nIt said:\n{said}" if said else "")
         )
 

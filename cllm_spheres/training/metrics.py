@@ -17,6 +17,8 @@ from cllm_spheres.events import dumps, event
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
 
+LONGEST_LINE = 1 << 20  # bytes; one of 156 spheres has about 20,000
+TELLS_AGAIN_S = 10.0  # that the disk refuses, and twice as long after each time
 MOST_WAITING = 64_000_000  # bytes that may wait for a disk to take them again: hours of most runs
 
 
@@ -30,6 +32,7 @@ class Metrics:
         """status: told when the disk refuses, and "" when it takes again."""
         self.path = path
         self._status, self._refused = status, ""
+        self._told_at, self._tell_after_s = 0.0, 0.0
         self._waiting = bytearray()
         self._lock = threading.Lock()
         self.total_tokens = total_tokens
@@ -38,9 +41,9 @@ class Metrics:
         try:
             self._file = path.open("a+b", buffering=0)
             size = self._file.seek(0, 2)
-            self._file.seek(max(0, size - 1))
-            if size and self._file.read(1) != b"\n":
-                self._file.write(b"\n")  # a line torn by a death: it stays broken, the next begins anew
+            start = self._file.seek(max(0, size - LONGEST_LINE))
+            if not (end := self._file.read()).endswith(b"\n"):  # a line torn by a death, or by a full disk
+                self._file.truncate(start + end.rfind(b"\n") + 1)
         except OSError as error:
             raise RunFailed(f"{path} cannot be written: {error.strerror}.") from None
 
@@ -65,9 +68,11 @@ class Metrics:
                 del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
             self._refused = error.strerror or str(error)
-            self._status(self._refusal())
+            if time.monotonic() - self._told_at >= self._tell_after_s:
+                self._told_at, self._tell_after_s = time.monotonic(), max(TELLS_AGAIN_S, 2 * self._tell_after_s)
+                self._status(self._refusal())
         if self._refused and not self._waiting:
-            self._refused = ""
+            self._refused, self._tell_after_s = "", 0.0
             self._status("")
 
     def _refusal(self) -> str:
@@ -75,8 +80,10 @@ class Metrics:
         return f"{self.path} cannot be written: {self._refused}. {lines:,} lines wait in memory."
 
     def event(self, name: str, message: str, step: int, **fields: Any) -> None:
-        """Append an event."""
+        """Append an event; where the disk refuses it, its message is told like a status."""
         self.write(event(name, message, step=step, time=time.time(), **fields))
+        if self._refused:
+            self._status(message)
 
     def start_clock(self) -> None:
         """The next step's `seconds` count from now."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config, merge, read_toml
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.faults import parse
@@ -43,6 +42,10 @@ def make_plan(
     resume: "auto" is whichever of the two the folder `run` asks for. InputError where it cannot work; nothing is left
     behind then.
     """
+    if resume not in (True, False, "auto"):
+        raise InputError(f'resume is {shown(resume)}: give True, False or "auto".')
+    if isinstance(faults, str):
+        raise InputError(f"faults is {shown(faults)}: give a list, such as [{shown(faults)}].")
     if resume == "auto":
         if run is None:
             raise InputError("--resume auto needs --run: the same folder each time.")
@@ -61,16 +64,15 @@ def make_plan(
     config, names = merge(options)  # names unknown options and values out of range
     options = {name: getattr(config, name) for name in names}  # "3" is 3 from here on
     plan, finished = resumed_run(run, options, data=data, exact=exact, progress=progress)
-    first = max(Store(run).steps(), default=0) + 1
-    return replace(plan, faults=_faults(faults, plan.config, first, plan.stop_at)), finished
+    return replace(plan, faults=_faults(faults, plan.config, plan.stop_at)), finished
 
 
-def _faults(texts: list[str] | None, config: Config, first: int, stop_at: int | None) -> tuple[str, ...]:
-    """Those that a run can have."""
+def _faults(texts: list[str] | None, config: Config, stop_at: int | None) -> tuple[str, ...]:
+    """Those that a run can have; where a resume will begin is known when its checkpoint has been verified."""
     if not texts:
         return ()
     assert config.spheres and config.steps
-    return tuple(map(str, parse(texts, config.spheres, first, stop_at or config.steps)))
+    return tuple(map(str, parse(texts, config.spheres, stop_at or config.steps)))
 
 
 def _as_given(options: dict[str, Any], file: Path | None) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def new_run(
     if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
-    chosen = _faults(faults, resolved, 1, config.stop_at)
+    chosen = _faults(faults, resolved, config.stop_at)
     notes = check_start(resolved, prepared, run)
     folder.create(run, resolved, prepared, _raw(source))
     return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)

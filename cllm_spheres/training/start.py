@@ -6,7 +6,6 @@ Light enough to precede every run: nothing is compiled, nothing is written.
 from __future__ import annotations
 
 import platform
-import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from cllm_spheres.units import size
 FILES = 40
 # Processes and threads besides the workers: Node Zero's 6, the server, one that compiles beside it, the command's 4.
 TASKS = 14
-# Address space besides shared memory and arena: the peak of Node Zero, which maps most.
-ADDRESS_BYTES = 740_000_000
 SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most
 
 
@@ -104,17 +101,12 @@ def check_tasks(job: Job) -> None:
 def address_bytes(job: Job) -> int:
     """What a process of a run maps, at least."""
     geometry = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
-    return Regions(job.sizes).total + 4 * geometry.arena_floats + ADDRESS_BYTES
+    return Regions(job.sizes).total + 4 * geometry.arena_floats + limits.ADDRESS_BYTES
 
 
 def check_address_space(job: Job) -> None:
     """InputError where a process may not map what it needs."""
-    most, needed = limits.read(resource.RLIMIT_AS)[0], address_bytes(job)
-    if most is not None and needed > most:
-        raise InputError(
-            f"Too little address space: each process of this run maps {size(needed)}, and {size(most)} are allowed"
-            f" (ulimit -v). Lift that limit: ulimit -v unlimited. Or try fewer --spheres."
-        )
+    limits.check_address_space(address_bytes(job))
 
 
 def checkpoint_bytes(job: Job) -> int:

@@ -36,7 +36,7 @@ from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
 from cllm_spheres.training.start import check_workers
-from cllm_spheres.units import duration
+from cllm_spheres.units import duration, plural
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
 UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
@@ -61,7 +61,7 @@ class Trainer:
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(run / "metrics.jsonl", status=status)
-        job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, 1, self.steps)])
+        job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)])
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
@@ -133,7 +133,7 @@ class Trainer:
         self.node_zero.start()
         self.sampler = SphereSampler(self.node_zero)
         self.metrics.event(
-            "ready", f"{job.workers} workers are ready after {time.monotonic() - self._began:.1f} s.", self.step,
+            "ready", f"{plural(job.workers, 'worker')} ready after {time.monotonic() - self._began:.1f} s.", self.step,
             seconds=time.monotonic() - self._began,
         )  # fmt: skip
         memory = self.node_zero.memory
@@ -156,10 +156,9 @@ class Trainer:
         job = self.node_zero.job
         goes_on = f"Resumed at step {checkpoint.step} from {checkpoint.path.name}. " if checkpoint else ""
         return (
-            f"{goes_on}{job.workers} workers, {job.spheres} spheres, batch {job.batch_size} x {job.shape.block_size}"
-            f" tokens; {self.layout.num_parameters:,} parameters, vocabulary {job.shape.vocab_size:,};"
-            f" {dtypes.describe(self.config.dtype)};"
-            f" {self.steps:,} steps into {self.run}"
+            f"{goes_on}{plural(job.workers, 'worker')}, {plural(job.spheres, 'sphere')}, batch {job.batch_size} x"
+            f" {job.shape.block_size} tokens; {self.layout.num_parameters:,} parameters, vocabulary"
+            f" {job.shape.vocab_size:,}; {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
         )
 
     def _estimate(self) -> None:
@@ -168,7 +167,7 @@ class Trainer:
         at_once = min(job.workers, len(usable_cores()))
         self.node_zero.do(M.REHEARSE, 0, at_once)
         step_s = self.node_zero.rehearsal_s(at_once) * job.batch_size / at_once
-        seconds = step_s * (self.last - self.step) * 1.1
+        seconds = max(1.0, step_s * (self.last - self.step) * 1.1)
         per_step = job.batch_size * job.shape.block_size
         self.metrics.event(
             "eta", f"{self.last - self.step:,} steps of {per_step:,} tokens will take about {duration(seconds)}.",
@@ -287,7 +286,11 @@ class Trainer:
         except BaseException:
             wish.answer(error="The run failed meanwhile.")
             raise
-        message = f"{workers} workers from step {self.step + 1:,} on, {before} before. The bits stay the same."
+        if workers == before:
+            wish.answer(message=f"It has {plural(before, 'worker')} already.")
+            return
+        now = f"{plural(workers, 'worker')} from step {self.step + 1:,} on"
+        message = f"{now}, {before} before. The bits stay the same."
         self.metrics.event("scaled", message, self.step, workers=workers, pinned=bool(self.node_zero.job.cores))
         wish.answer(message=message)
         self.config = self.config.model_copy(update={"workers": workers})
@@ -326,7 +329,7 @@ class Trainer:
             self.keeper.save(self.progress, last=True)
         self.keeper.finish()
         number = self.wishes.number
-        saved = f"Saved step {self.step}." if self.step else "No step was finished yet."
+        saved = f"Saved step {self.step:,}." if self.step else "No step was finished yet."
         raise Interrupted(f"Stopped by {self.wishes.name}. {saved}", number)
 
     def _drop_step(self) -> None:

@@ -145,6 +145,8 @@ def find_run(run: Path) -> Path:
     except OSError as error:
         raise InputError(f"Cannot read {run}: {error.strerror}.") from None
     what = "is not the folder of a run: it has no metrics.jsonl" if run.is_dir() else "does not exist"
+    if run.is_file():
+        what = "is a file, not the folder of a run"
     places = [run] if run.is_dir() else []
     for place in [*places, run.parent, Path("runs")]:
         try:

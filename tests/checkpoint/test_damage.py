@@ -47,7 +47,7 @@ def assert_refused_and_the_older_one_used(store, name):
     with pytest.raises(Damaged, match=re.escape(name)) as refused:
         store.load(2)
     good, reasons = store.newest_good()
-    assert good.step == 1 and reasons == [str(refused.value)]
+    assert good.step == 1 and reasons == [refused.value.what]
     return refused.value.reason
 
 

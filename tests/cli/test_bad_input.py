@@ -50,7 +50,7 @@ CASES = {
         ["Not enough memory", "parameters with 6 spheres", "are available", "try a smaller --preset"],
     ),
     "existing run": ("train {corpus} --run {run}", ["exists already", "cllm-spheres train --resume --run {run}"]),
-    "existing folder": ("train {corpus} --run binary", ["binary exists already", "Or give another --run"]),
+    "existing folder": ("train {corpus} --run binary", ["binary exists already", "Please give another --run"]),
     "existing file": ("train {corpus} --run text.txt/run", ["text.txt is not a folder", "Give another --run"]),
     "no permission": ("train {corpus} --run locked/run", ["No permission to write in", "locked"]),
     "resume of nothing": ("train --resume", ["--resume needs --run"]),

@@ -14,7 +14,7 @@ import pytest
 from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Shape
-from cllm_spheres.spheres import crew, silence
+from cllm_spheres.spheres import crew, node_zero, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -160,6 +160,26 @@ def test_a_death_during_the_recovery_is_recovered_too(run, undisturbed, monkeypa
     one.disturbed(lambda: None)
     assert not again and len(one.events("lost")) == 3
     assert one.result() == undisturbed(1000)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_ends_or_hangs_while_it_starts_is_replaced(run, undisturbed, monkeypatch, number):
+    monkeypatch.setattr(node_zero, "COMPILED_WITHIN_S", 3.0)
+    spawn, servers = crew.Crew.spawn, []
+
+    def spawn_and_hurt(one, workers):
+        spawn(one, workers)
+        servers.append(one.server.process.pid)
+        if len(servers) == 1:
+            os.kill(servers[0], number)
+
+    monkeypatch.setattr(crew.Crew, "spawn", spawn_and_hurt)
+    one = run(2)
+    assert len(servers) == 2 and servers[0] != one.node.server_pid
+    assert "The process that starts the workers ended by signal 9" in one.events("lost")[0]
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert one.result() == undisturbed(100)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -323,6 +343,13 @@ def test_a_number_that_is_none_in_the_update_is_found_in_the_next_step(run):
     one.disturbed(lambda: None)
     assert one.node.halt == M.HALT_NONFINITE and one.node.done == 20
     assert np.isnan(one.node.memory.params).sum() == 1
+
+
+def test_weights_that_are_no_numbers_stop_a_run_that_skips_too(run):
+    one = run(2, faults=[("forward", 10, 3, "nan"), ("update", 20, 3, "nan")], skip_nonfinite=True)
+    one.begin(100)
+    one.disturbed(lambda: None)
+    assert (one.node.halt, one.node.done, one.node.applied) == (M.HALT_NONFINITE, 20, 19)
 
 
 def test_a_fault_that_has_not_fired_is_known(run):

@@ -66,6 +66,36 @@ def test_a_finished_run_says_so(ended, corpus):
     assert "has reached step 20, and --stop-at is 20" in finished
 
 
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_not_finished(corpus, tmp_path):
+    options = dict(steps=12, save_every=3, eval_every=3, keep=9)
+    straight = train_whole(corpus, tmp_path / "straight", **options)
+    run = train_whole(corpus, tmp_path / "run", **options).run
+    damage(Store(run).path(12) / "model.safetensors")
+    resumed = resume(run)
+    assert resumed.code == 0 and resumed.event("resume")["from_step"] == 9, resumed.message
+    assert resumed.files == straight.files
+    for step in Store(run).steps():
+        damage(Store(run).path(step) / "state.json")
+    refused = resume(run)
+    assert refused.code == 2 and "None of the checkpoints" in refused.message
+    assert "Restore one from a backup" in refused.message and "--checkpoint" not in refused.message
+
+
+def test_a_line_that_was_torn_is_cut_off_by_a_resume(corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", steps=6, stop_at=3).run
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"step","step":4,"lo')
+    assert resume(run).code == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"kind":"step"' in line] == [1, 2, 3, 4, 5, 6]
+
+
 def test_stop_at_saves_and_ends_without_touching_the_schedule(corpus, tmp_path):
     stopped = train_whole(corpus, tmp_path / "run", steps=20, stop_at=7, save_every=100, eval_every=100)
     assert Store(stopped.run).steps() == [7]

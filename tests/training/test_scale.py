@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 
 import pytest
 
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
+from cllm_spheres.events import read
 from cllm_spheres.training import session
 from cllm_spheres.training.control import ask
 from cllm_spheres.training.launch import Launch
 from tests.runs import (
     TINY,
+    WAIT_S,
     Family,
     Outcome,
+    begin,
     command,
     finished,
     resume,
@@ -38,8 +43,9 @@ def test_workers_come_and_go_while_a_run_goes_on_and_its_bits_stay(undisturbed, 
     for step, before, workers in ((100, 2, 7), (1500, 7, 1), (3500, 1, 3)):
         wait_for_step(run, step)
         told = ask(run, {"workers": workers})
-        assert f"{workers} workers from step" in told and f"on, {before} before. The bits stay the same." in told
+        assert re.match(rf"{workers} workers? from step [\d,]+ on, {before} before\. The bits stay the same\.", told)
         Family.of(os.getpid(), workers)
+    assert ask(run, {"workers": 3}) == "It has 3 workers already."
     said = command("scale", run, "--workers", 4)
     assert said.returncode == 0 and said.stdout.startswith("4 workers from step")
     for workers, message in ((8, "this run has 7 spheres, and takes 1 to 7"), (0, "")):
@@ -50,6 +56,23 @@ def test_workers_come_and_go_while_a_run_goes_on_and_its_bits_stay(undisturbed, 
     assert [r["workers"] for r in outcome.of("event") if r["event"] == "scaled"] == [7, 1, 3, 4]
     assert outcome.config.workers == 4  # for a later resume
     assert outcome.bits == undisturbed.bits
+
+
+def test_a_wish_that_was_given_up_is_not_fulfilled(corpus, tmp_path):
+    run = tmp_path / "run"
+    launch = start(corpus, run, **STEPS | {"steps": 60_000}, workers=2)
+    wait_for_step(run, 10)
+    os.kill(launch.process.pid, signal.SIGSTOP)  # as with Ctrl+Z
+    asking = begin("scale", run, "--workers", 5)
+    assert "Waiting until the step" in asking.stderr.readline()
+    asking.send_signal(signal.SIGINT)
+    _, error = asking.communicate(timeout=WAIT_S)
+    assert asking.returncode == 130 and "stays as it is" in error
+    os.kill(launch.process.pid, signal.SIGCONT)
+    step = read(run / "metrics.jsonl")[-1]["step"]
+    wait_for_step(run, step + 200)
+    launch.pass_on(signal.SIGTERM)
+    assert "scaled" not in [r["event"] for r in finished(launch).of("event")]
 
 
 def test_where_no_run_goes_on_that_is_said(undisturbed):
