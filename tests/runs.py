@@ -173,11 +173,15 @@ def command(*words, **options) -> subprocess.CompletedProcess:
 
 
 def begin(*words, **options) -> subprocess.Popen:
-    """The console script in a process group of its own."""
+    """The console script in a process group of its own, where Ctrl+C does what it usually does."""
     return subprocess.Popen(
         [COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, **options,
+        start_new_session=True, preexec_fn=_default_interrupt, **options,
     )  # fmt: skip
+
+
+def _default_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in a shell's background begins with it ignored
 
 
 def words(options: dict) -> list[str]:

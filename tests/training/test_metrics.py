@@ -10,8 +10,11 @@ import time
 
 import pytest
 
+from cllm_spheres.errors import RunFailed
 from cllm_spheres.events import EVENTS, read
 from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training import metrics as metrics_module
+from cllm_spheres.training.metrics import Metrics
 from tests.runs import Family, finished, start, wait_until
 
 PHASES = ("compute_s", "waiting_s", "gather_s", "update_s", "other_s")
@@ -115,3 +118,54 @@ def test_events_tell_the_story_of_the_run(outcome):
     assert "2 workers, 4 spheres, batch 7 x 32 tokens" in first["message"]
     assert events[2]["seconds"] > 0
     assert events[-1]["event"] == "end"
+
+
+# --- a disk that refuses
+
+
+class FullDisk:
+    """A file that takes only so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(bytes(data[: self.room]))
+        self.room -= taken
+        return taken
+
+
+@pytest.fixture
+def full(tmp_path):
+    """Metrics whose disk takes 25 bytes, and what was told meanwhile."""
+    told = []
+    metrics = Metrics(tmp_path / "metrics.jsonl", status=told.append)
+    metrics._file = FullDisk(metrics._file, 25)
+    metrics.told = told
+    return metrics
+
+
+def test_what_a_full_disk_does_not_take_waits_and_is_written_whole_and_in_order(full):
+    for step in range(100):
+        full.write({"kind": "step", "step": step})
+    (said,) = full.told  # once, not a hundred times
+    assert "metrics.jsonl cannot be written: No space left on device. 1 lines wait in memory." in said
+    full.event("unsaved", "The checkpoint could not be saved.", 7)
+    assert full.told[1:] == ["The checkpoint could not be saved."]  # or nobody would see it
+    with pytest.raises(RunFailed, match=r"No space left on device\. 1\d\d lines wait in memory"):
+        full.finish()
+    full._file.room = 10**9
+    full.write({"kind": "step", "step": 100})
+    assert full.told[-1] == ""
+    full.finish()
+    steps = [r["step"] for r in read(full.path) if r["kind"] == "step"]
+    assert steps == list(range(101)) and len(full.path.read_text().splitlines()) == 102
+
+
+def test_so_many_waiting_lines_that_they_are_lost_end_the_run(full, monkeypatch):
+    monkeypatch.setattr(metrics_module, "MOST_WAITING", 1000)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        for step in range(100):
+            full.write({"kind": "step", "step": step})

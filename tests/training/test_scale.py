@@ -63,12 +63,14 @@ def test_a_wish_that_was_given_up_is_not_fulfilled(corpus, tmp_path):
     launch = start(corpus, run, **STEPS | {"steps": 60_000}, workers=2)
     wait_for_step(run, 10)
     os.kill(launch.process.pid, signal.SIGSTOP)  # as with Ctrl+Z
-    asking = begin("scale", run, "--workers", 5)
-    assert "Waiting until the step" in asking.stderr.readline()
-    asking.send_signal(signal.SIGINT)
-    _, error = asking.communicate(timeout=WAIT_S)
-    assert asking.returncode == 130 and "stays as it is" in error
-    os.kill(launch.process.pid, signal.SIGCONT)
+    try:
+        asking = begin("scale", run, "--workers", 5)
+        assert "Waiting until the step" in asking.stderr.readline()
+        asking.send_signal(signal.SIGINT)
+        _, error = asking.communicate(timeout=WAIT_S)
+        assert asking.returncode == 130 and "stays as it is" in error
+    finally:
+        os.kill(launch.process.pid, signal.SIGCONT)
     step = read(run / "metrics.jsonl")[-1]["step"]
     wait_for_step(run, step + 200)
     launch.pass_on(signal.SIGTERM)
