@@ -198,6 +198,10 @@ class Store:
         self.find()  # says that there are none
         raise InputError(f"The checkpoints in {self.folder} were removed while they were read.")
 
+    def distrust_after(self, step: int) -> None:
+        """What is newer than the checkpoint that was taken has been refused: it does not count as kept."""
+        self._refused.update(newer for newer in self.steps() if newer > step)
+
     def mark_best(self, step: int) -> None:
         """Point checkpoints/best to an existing step, at once and safe from power cuts. Raises SaveFailed."""
         assert self.path(step).is_dir(), step

@@ -31,6 +31,14 @@ LEAVES_WITHIN_S = 5.0  # when told to
 ENDS_WITHIN_S = 10.0  # after SIGKILL; a process that takes longer is held by the kernel, such as by a dead disk
 
 
+def signal_name(number: int) -> str:
+    """ "signal 9 (SIGKILL)"; real-time signals have no name."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
 @dataclass(frozen=True)
 class Ended:
     """A worker's end; status as os.waitpid gives it."""
@@ -88,7 +96,7 @@ class Crew:
                 self._asked.discard(worker)
                 with contextlib.suppress(ProcessLookupError):  # it has ended already: that is told next
                     self._handles[worker] = os.pidfd_open(pid)
-            elif "ended" in message:
+            elif "ended" in message and self.pids.get(int(str(message["ended"]))) == message["pid"]:
                 self._take_out(int(str(message["ended"])), int(str(message["status"])))
 
     def _take_out(self, worker: int, status: int, with_server: bool = False) -> None:
@@ -119,7 +127,8 @@ class Crew:
             self._attach()
         self.memory.worker_words()[workers, M.W_READY] = 0
         with self._lock:
-            self._asked |= set(workers)
+            if not self.server_gone:  # else the new one has ended already: that is noticed next
+                self._asked |= set(workers)
         request = {"spawn": workers, "job": self.job.to_dict()}
         with contextlib.suppress(OSError):  # it has just ended: `server_gone` says so
             socket.send_fds(self.server.connection, [json.dumps(request).encode()], [self.memory.descriptor])
@@ -166,7 +175,7 @@ class Crew:
             )
 
         deadline = time.monotonic() + TOLD_WITHIN_S
-        while not self.lost:
+        while self.pids.get(worker) == pid and not self.server_gone:
             if time.monotonic() > deadline:
                 self.server.process.kill()
             time.sleep(0.002)
@@ -197,5 +206,9 @@ class Crew:
 
     def server_end(self) -> str:
         """How the server ended, in words."""
-        code = self.server.process.wait(timeout=5)
-        return f"ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        try:
+            code = self.server.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it has closed its end, and hangs
+            self.server.process.kill()
+            code = self.server.process.wait()
+        return f"ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"

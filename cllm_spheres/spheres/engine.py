@@ -104,8 +104,8 @@ def _compute_and_decide(x, step, index, trace):
 def _update_and_finish(x, step, index, verdict, trace):
     """The rest of a step; False where aborted."""
     start = C.now(x)
+    C.say(x, M.S_UPDATING)
     if verdict == phases.UPDATE:
-        C.say(x, M.S_UPDATING)
         phases.update(x, step)
     mark(trace, T.UPDATE)
     updated = _spent(x, M.W_UPDATE_NS, start)
@@ -135,6 +135,7 @@ def _steps(x, first, last):
             if not _compute_and_decide(x, step, index, trace):
                 return False
         else:  # an update was interrupted: only the rest of it is due
+            C.say(x, M.S_UPDATING)
             phases.repair(x, step)
             if not C.meet(x):
                 return False
@@ -190,6 +191,7 @@ def work(context):
         elif kind == M.INITIALISE:
             phases.initialise(x)
         if whole:
+            C.say(x, M.S_IDLE)
             seen = load(C.word(x, M.RELEASE))
             if C.arrive(x):
                 store(C.word(x, M.FINISHED), last_command)

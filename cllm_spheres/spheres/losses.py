@@ -13,7 +13,7 @@ from collections import Counter
 from cllm_spheres.errors import SphereLost
 from cllm_spheres.machine import available_memory, memory_kills, memory_limit
 from cllm_spheres.spheres import memory as M
-from cllm_spheres.spheres.crew import Ended
+from cllm_spheres.spheres.crew import Ended, signal_name
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.topology import hosted
@@ -86,7 +86,7 @@ class Losses:
         if os.WIFSIGNALED(ended.status):
             number = os.WTERMSIG(ended.status)
             killed = number == signal.SIGKILL
-            how = f"ended by signal {number} ({signal.Signals(number).name})"
+            how = f"ended by {signal_name(number)}"
         else:
             how = f"ended with exit code {os.waitstatus_to_exitcode(ended.status)}"
         text = f"{self.names(ended.worker)} (pid {ended.pid}) {how} while {self.state(ended.worker)}, step {step}."

@@ -32,6 +32,7 @@ from cllm_spheres.spheres.serving import Server
 from cllm_spheres.spheres.silence import Silence
 from cllm_spheres.units import plural
 
+NEVER = 1 << 62  # more barriers than are ever passed
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
 READY_WITHIN_S = 60.0  # workers that are asked for, 63 of them in 0.7 s
 COMPILED_WITHIN_S = 600.0  # the kernels, in 14 s; on a slow machine in a minute or two
@@ -76,19 +77,22 @@ class NodeZero:
 
     def _wait_until_ready(self) -> None:
         """Until all workers wait for commands; whoever ends meanwhile is replaced."""
-        began = time.monotonic()
+        asked = time.monotonic()
         while not self.crew.ready():
             self.wait_for_bell()
             self._look()
+            asked = self._end_slow_server(asked)
             self.check()
-            self._end_slow_server(began)
 
-    def _end_slow_server(self, began: float) -> None:
+    def _end_slow_server(self, asked: float) -> float:
         """Where workers that were asked for are not ready in time, the server hangs, or one of them does. Another one
-        is tried: its end is noticed like any other.
+        is tried: its end is noticed like any other. Returns since when they are waited for.
         """
-        if time.monotonic() - began > (READY_WITHIN_S if self.crew.warm.is_set() else COMPILED_WITHIN_S):
-            self.crew.server.process.kill()
+        now = time.monotonic()
+        if now - asked <= (READY_WITHIN_S if self.crew.warm.is_set() else COMPILED_WITHIN_S):
+            return asked
+        self.crew.server.process.kill()
+        return now
 
     def close(self) -> None:
         """End every worker and the server; nothing of the run is left when this returns."""
@@ -211,7 +215,9 @@ class NodeZero:
         """Notice who has ended or hangs, and recover. SphereLost or another RunFailed where that is not possible."""
         if self.crew.lost:
             self._recover()
-        if hung := self._silence.hung(self.job.workers, self._command[0], self._get(M.RELEASE)):
+        # Once the command is aborted nobody may wait any more: who still sleeps at a barrier then is stopped there.
+        release = NEVER if self._get(M.ABORT) else self._get(M.RELEASE)
+        if hung := self._silence.hung(self.job.workers, self._command[0], release):
             worker, seconds = hung
             self._tell(
                 "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for {seconds:.0f} s"
@@ -228,14 +234,15 @@ class NodeZero:
         self._claims.keep([])
         self._claims, cores = claim(workers, read_cores(usable_cores()))
         self._staff(workers, cores)
+        self._set(M.FINISHED, self._command[0])  # or a loss from here on would have it given again
         self._wait_until_ready()
-        self._set(M.FINISHED, self._command[0])
 
     def _staff(self, workers: int, cores: list[int]) -> None:
         """Workers of a new job are asked for; all others leave."""
         self.job = self.losses.job = replace(self.job, workers=workers, cores=cores)
         self._give(M.EXIT, 0, 0)
         self.crew.replace(self.job)
+        self._set(M.ARRIVED, 0)
         self.losses.forget()
 
     def _recover(self) -> None:
@@ -261,7 +268,7 @@ class NodeZero:
                 asked = time.monotonic()
                 while not self.crew.ready() and not self.crew.lost:
                     self.wait_for_bell()
-                    self._end_slow_server(asked)
+                    asked = self._end_slow_server(asked)
             self._give_again(*interrupted)
         finally:
             self._recovering = False
@@ -286,10 +293,11 @@ class NodeZero:
     def _leave_command(self) -> None:
         """Have the living leave the command that was interrupted; they wait for the next then."""
         self._set(M.ABORT, 1)
-        while not self.finished():
+        while True:
             atomics.wake_all(self.memory.control(M.RELEASE))
-            left = self.memory.worker_words()[:, M.W_LEFT]
-            if all(left[worker] == self._command[0] for worker in self.pids):
+            words = self.memory.worker_words()[list(self.pids)]
+            # Whoever still starts is in no command.
+            if ((words[:, M.W_LEFT] == self._command[0]) | (words[:, M.W_READY] == 0)).all():
                 return
             self.wait_for_bell()
             self.check()  # who does not leave hangs, and is ended

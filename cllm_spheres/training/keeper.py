@@ -49,6 +49,7 @@ class Keeper:
         self._saver = Saver(self._failed)
         self._copy: dict[str, np.ndarray] = {}
         self._step = 0  # that is being saved
+        self._unsaved_best: int | None = None  # the step, until it is saved
 
     def save(self, progress: Progress, best: bool = False, last: bool = False) -> None:
         """Have the last whole step saved; `best` points checkpoints/best to it. Older ones are pruned.
@@ -62,6 +63,11 @@ class Keeper:
                 progress.step, seconds=BUSY_S,
             )  # fmt: skip
             return
+        if self._unsaved_best is not None:
+            self.metrics.event(
+                "unsaved", f"Step {self._unsaved_best:,}, the best so far, could not be saved and is given up for step"
+                f" {progress.step:,}.", progress.step, seconds=0.0,
+            )  # fmt: skip
         began = time.monotonic()
         for name, buffer in self._buffers().items():
             if name not in self._copy:
@@ -75,6 +81,7 @@ class Keeper:
             "fingerprint": fingerprint(self.node_zero.job.dtype),
         }  # fmt: skip
         self._step = progress.saved = progress.step
+        self._unsaved_best = progress.step if best else None
         self._saver.give(partial(self._write, progress.step, best, state, time.monotonic() - began))
 
     def finish(self) -> None:
@@ -92,6 +99,7 @@ class Keeper:
         )
         if best:
             self.store.mark_best(step)
+            self._unsaved_best = None
         self.store.prune(self.config.keep)
         seconds = time.monotonic() - began
         self.metrics.event(
@@ -114,6 +122,7 @@ class Keeper:
 
         Where the numerics are not the checkpoint's, an event says so; with `exact` that is an InputError.
         """
+        self.store.distrust_after(checkpoint.step)
         state = checkpoint.state
         views = {name: self.layout.views(buffer) for name, buffer in self._buffers().items()}
         for name, tensor in checkpoint.model_tensors():

@@ -48,12 +48,15 @@ class Metrics:
             raise RunFailed(f"{path} cannot be written: {error.strerror}.") from None
 
     def write(self, *records: dict[str, Any]) -> None:
-        """Append records. RunFailed where so many wait already that the disk will hardly take them any more."""
+        """Append records."""
         with self._lock:
             self._waiting += "".join(dumps(record) + "\n" for record in records).encode()
             self._flush()
-            if len(self._waiting) > MOST_WAITING:
-                raise RunFailed(self._refusal())
+
+    def check(self) -> None:
+        """RunFailed where so many lines wait that the disk will hardly take them any more."""
+        if len(self._waiting) > MOST_WAITING:
+            raise RunFailed(self._refusal())
 
     def finish(self) -> None:
         """The last try. RunFailed where lines are lost."""

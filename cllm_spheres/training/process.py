@@ -105,7 +105,6 @@ def main() -> None:
         traceback.print_exc()
         outcome = {"code": 1, "message": traceback.format_exc()}
     say(outcome=outcome)
-    sys.stdout.flush()
     os._exit(outcome["code"])  # threads that wait for signals would hold a normal exit
 
 

@@ -86,16 +86,16 @@ class Saver:
                 self._tries += 1
                 if error is None:
                     self._save = None
-                pause = LAST_RETRY_S if self._hurry.is_set() else min(LONGEST_RETRY_S, RETRY_S * 2 ** (self._tries - 1))
+                hurried = self._hurry.is_set()
+                pause = LAST_RETRY_S if hurried else min(LONGEST_RETRY_S, RETRY_S * 2 ** min(self._tries - 1, 10))
                 self._changed.notify_all()
             if error is not None:
                 self._failed(error, pause)
-                self._sleep(pause, save)
+                self._sleep(pause, save, hurried)
 
-    def _sleep(self, seconds: float, save: Callable[[], None]) -> None:
+    def _sleep(self, seconds: float, save: Callable[[], None], hurried: bool) -> None:
         """Until it is time to try again, or another job has come, or the run ends."""
         until = time.monotonic() + seconds
         with self._changed:
-            hurried = self._hurry.is_set()
             while self._save is save and time.monotonic() < until and self._hurry.is_set() == hurried:
                 self._changed.wait(0.1)

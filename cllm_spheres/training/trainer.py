@@ -111,12 +111,12 @@ class Trainer:
     def _save_what_is_whole(self, error: BaseException) -> None:
         """The run fails: end the workers, and save the last step that is whole, where that can be."""
         self.node_zero.kill()
-        with contextlib.suppress(RunFailed):  # there is a reason to tell already
-            worth_it = isinstance(error, RunFailed) and not isinstance(error, NonFinite | SaveFailed)
-            if worth_it and self.node_zero.close_gate():
-                self.progress.step = self.metrics.steps(self.node_zero, self.step)
-                if self.step and self.progress.saved != self.step:
-                    self.keeper.save(self.progress, last=True)
+        worth_it = isinstance(error, RunFailed) and not isinstance(error, NonFinite | SaveFailed)
+        if worth_it and self.node_zero.close_gate():
+            self.progress.step = self.metrics.steps(self.node_zero, self.step)
+            if self.step and self.progress.saved != self.step:
+                self.keeper.save(self.progress, last=True)
+        with contextlib.suppress(SaveFailed):  # there is a reason to tell already
             self.keeper.finish()
 
     def _start(self, checkpoint: Checkpoint | None, exact: bool) -> None:
@@ -203,6 +203,7 @@ class Trainer:
 
     def _watch(self) -> None:
         self.progress.step = self.metrics.steps(self.node_zero, self.step)
+        self.metrics.check()
         if record := self.sampler.sample(self.step):
             self.metrics.write(record)
         self.node_zero.check()

@@ -209,6 +209,20 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(store, save, seen):
     assert store.steps() == [3]
 
 
+def test_a_damaged_checkpoint_that_a_resume_passed_over_pushes_out_no_good_one(run, save):
+    for step in (1, 2, 3):
+        save(Store(run), step)
+    path = Store(run).path(3) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    good, _ = Store(run).newest_good()
+    store = Store(run)  # as training has: another one than that which looked
+    store.distrust_after(good.step)
+    save(store, 4)
+    assert store.prune(1) == [3, 2, 1] and store.steps() == [4]
+
+
 def test_prune_renames_before_it_deletes(run, save, recorder):
     disk = recorder()
     store = Store(run, disk)

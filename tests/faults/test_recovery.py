@@ -18,7 +18,7 @@ from cllm_spheres.spheres import crew, node_zero, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
-from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step
+from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step, wait_until
 
 SMALL = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 WIDE = Shape(vocab_size=257, block_size=64, layers=4, heads=4, width=256, ff_width=1024)  # steps that take a while
@@ -224,6 +224,21 @@ def test_a_worker_that_cannot_be_ended_stops_the_run_before_its_work_is_given_aw
     monkeypatch.setattr(crew.signal, "pidfd_send_signal", kill)
 
 
+def test_a_worker_stopped_in_its_sleep_at_a_barrier_does_not_hold_up_a_recovery(run, undisturbed, monkeypatch):
+    monkeypatch.setattr(silence, "LEAST_S", 4.0)  # longer than the fault that is slow
+    one = run(3, faults=[("forward", 20, 2, "slow")])
+    one.begin(100)
+    while one.node.done < 19:
+        one.node.wait_for_bell()
+    states = one.node.memory.worker_words()[:3, M.W_STATE]
+    wait_until(lambda: states[0] == states[1] == M.S_WAITING, "two that wait for the third")
+    one.kill(0, number=signal.SIGSTOP)
+    one.kill(2)
+    one.disturbed(lambda: None)
+    assert len(one.events("hung")) == 1 and len(one.events("lost")) == 2
+    assert one.result() == undisturbed(100)
+
+
 def test_a_worker_killed_during_an_evaluation_changes_no_loss(run):
     one = run(3, shape=WIDE)
     one.begin(2)
@@ -299,6 +314,41 @@ def test_between_commands_the_number_of_workers_changes_and_no_bit(run, undistur
         one.node.go_on(until + 1)
     one.disturbed(lambda: None)
     assert one.result() == undisturbed(1000)
+
+
+@pytest.mark.parametrize("victim", ["worker", "server"])
+def test_a_death_while_the_number_of_workers_changes_is_recovered_too(run, undisturbed, monkeypatch, victim):
+    one = run(2)
+    one.begin(1000, until=300)
+    one.disturbed(lambda: None)
+    spawn, left = one.node.crew.spawn, [victim]
+
+    def spawn_and_kill(workers):
+        spawn(workers)
+        if left:
+            wait_until(lambda: 1 in one.node.pids, "a new worker")
+            os.kill(one.node.pids[1] if left.pop() == "worker" else one.node.server_pid, signal.SIGKILL)
+
+    monkeypatch.setattr(one.node.crew, "spawn", spawn_and_kill)
+    one.node.resize(5)
+    one.node.go_on(1001)
+    one.disturbed(lambda: None)
+    assert len(one.node.pids) == 5 and one.events("recovered")
+    assert one.result() == undisturbed(1000)
+
+
+def test_a_worker_that_does_not_leave_when_the_number_changes_is_ended(run, undisturbed, monkeypatch):
+    monkeypatch.setattr(crew, "LEAVES_WITHIN_S", 0.3)
+    one = run(3)
+    one.begin(1000, until=300)
+    one.disturbed(lambda: None)
+    stopped = one.node.pids[1]
+    os.kill(stopped, signal.SIGSTOP)
+    one.node.resize(4)
+    assert not os.path.exists(f"/proc/{stopped}/exe")
+    one.node.go_on(1001)
+    one.disturbed(lambda: None)
+    assert one.result() == undisturbed(1000) and one.told == []  # it was asked to leave: nothing was lost
 
 
 # --- faults on purpose ---

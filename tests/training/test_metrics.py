@@ -166,6 +166,8 @@ def test_what_a_full_disk_does_not_take_waits_and_is_written_whole_and_in_order(
 
 def test_so_many_waiting_lines_that_they_are_lost_end_the_run(full, monkeypatch):
     monkeypatch.setattr(metrics_module, "MOST_WAITING", 1000)
+    full.check()
+    for step in range(100):
+        full.write({"kind": "step", "step": step})
     with pytest.raises(RunFailed, match="No space left on device"):
-        for step in range(100):
-            full.write({"kind": "step", "step": step})
+        full.check()
