@@ -11,7 +11,7 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-# The measures of docs/operations.md in full: about an hour and a half. `make test` has a short form of each.
+# The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.
 faults: .venv/installed-dev
 	CLLM_FAULTS=whole $(BIN)/python -m pytest -s --timeout 7200 tests/faults tests/checkpoint tests/training/test_start.py
 	$(BIN)/cllm-spheres bench faults --kills 200
