@@ -47,7 +47,8 @@ class Keeper:
         self.node_zero, self.metrics = node_zero, metrics
         self._tokenizer = (prepared.folder / "tokenizer.json").read_bytes()  # the folder may vanish meanwhile
         self._saver = Saver(self._failed)
-        self._copy: dict[str, np.ndarray] = {}
+        self._copy = {name: np.empty_like(buffer) for name, buffer in self._buffers().items()}
+        self._saver.give(self._take_pages)
         self._step = 0  # that is being saved
         self._unsaved_best: int | None = None  # the step, until it is saved
 
@@ -70,8 +71,6 @@ class Keeper:
             )  # fmt: skip
         began = time.monotonic()
         for name, buffer in self._buffers().items():
-            if name not in self._copy:
-                self._copy[name] = np.empty_like(buffer)
             np.copyto(self._copy[name], buffer)
         state = {
             **asdict(progress), "applied": self.node_zero.applied,
@@ -87,6 +86,11 @@ class Keeper:
     def finish(self) -> None:
         """Wait until all is saved. SaveFailed where the disk does not take it."""
         self._saver.finish()
+
+    def _take_pages(self) -> None:
+        """By the saver's thread, before the first save: taking new pages is far slower than copying into them."""
+        for buffer in self._copy.values():
+            np.copyto(buffer, 0)
 
     def _write(self, step: int, best: bool, state: dict[str, Any], copy_s: float) -> None:
         """One checkpoint, by the saver's thread. SaveFailed."""
