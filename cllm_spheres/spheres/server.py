@@ -20,16 +20,21 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 PACKET_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; ends at once where the parent is already gone."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Have the kernel kill this process when its parent ends; ends at once where the parent is already gone.
+
+    Between fork and exec too: a process that is stopped while Python starts in it has asked already.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -61,8 +66,10 @@ class Server:
         if jit.is_cold(dtype):
             self.say(status="compiling the kernels, once on this machine: about half a minute")
             # The engine in a process of its own and the kernels in this one: what each compiles, the other finds.
-            die = f"from cllm_spheres.spheres.server import die_with; die_with({os.getpid()})"
-            engine = subprocess.Popen([sys.executable, "-P", "-c", f"{die}; import cllm_spheres.spheres.engine"])
+            engine = subprocess.Popen(
+                [sys.executable, "-P", "-c", "import cllm_spheres.spheres.engine"],
+                preexec_fn=partial(die_with, os.getpid()),
+            )  # fmt: skip
             from cllm_spheres.model import dtypes
 
             dtypes.entries(dtype)

@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
+
+from cllm_spheres.spheres.server import die_with
 
 THREAD_CAPS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -33,7 +36,8 @@ def start_server(*likely: str) -> Server:
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid()),
          *likely],
-        pass_fds=[theirs.fileno()], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        preexec_fn=partial(die_with, os.getpid()), pass_fds=[theirs.fileno()], env=clean_environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()
     return Server(process, ours)

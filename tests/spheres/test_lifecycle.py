@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from cllm_spheres.checkpoint.store import Store
@@ -21,6 +24,7 @@ from tests.runs import (
     Family,
     begin,
     finished,
+    lives,
     resume,
     shared_files,
     start,
@@ -85,6 +89,14 @@ def test_nothing_survives_node_zero(going):
     )
     saved = Store(outcome.run).steps()[-1]
     assert resume(outcome.run, stop_at=saved + 2).code == 0
+
+
+def test_a_server_stopped_before_python_has_started_in_it_ends_with_node_zero():
+    code = "import os, signal; from cllm_spheres.spheres.serving import start_server; pid = start_server().process.pid;"
+    code += " os.kill(pid, signal.SIGSTOP); print(pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=WAIT_S)
+    server = int(done.stdout)
+    wait_until(lambda: not psutil.pid_exists(server) or not lives(psutil.Process(server)), "the server's end", 1.0)
 
 
 @pytest.mark.slow
