@@ -180,12 +180,11 @@ class Crew:
                 self.server.process.kill()
             time.sleep(0.002)
 
-    def wait_for_ends(self, seconds: float, wait: Callable[[], None]) -> bool:
-        """Wait until no worker lives; False after so many seconds."""
+    def wait_for_ends(self, seconds: float, wait: Callable[[], None]) -> None:
+        """Wait until no worker lives, at most so many seconds."""
         deadline = time.monotonic() + seconds
         while self.pids and not self.server_gone and time.monotonic() < deadline:
             wait()
-        return not self.pids
 
     def kill(self) -> None:
         """SIGKILL for all workers, confirmed by their parent, then the server's end."""

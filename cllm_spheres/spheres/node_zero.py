@@ -113,16 +113,8 @@ class NodeZero:
 
     def give(self, kind: int, first: int = 0, last: int = 0) -> None:
         """Begin a command; `finished` tells when it is done."""
-        self._set(M.BASE, first)
-        self._begin(kind, first, last)
-
-    def go_on(self, last: int) -> None:
-        """The rest of a command of steps that was stopped: those from the next one on, to last - 1."""
-        self._begin(M.STEPS, self.done + 1, last)
-
-    def _begin(self, kind: int, first: int, last: int) -> None:
-        for word in (M.ABORT, M.HALT, M.STOP):
-            self._set(word, 0)
+        for word, value in ((M.ABORT, 0), (M.HALT, 0), (M.STOP, 0), (M.BASE, first)):
+            self._set(word, value)
         self._silence.forgive()
         self._give(kind, first, last)
 

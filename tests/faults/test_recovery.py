@@ -45,8 +45,12 @@ class Run:
     def begin(self, steps, until=None):
         self.node.do(M.INITIALISE)
         self.node.set_position(0, 0)
-        self.steps = steps
+        self.steps, self.records = steps, []
         self.node.give(M.STEPS, 1, (until or steps) + 1)
+
+    def go_on(self, until):
+        """A further command: its steps after those that are done."""
+        self.node.give(M.STEPS, self.node.done + 1, until + 1)
 
     def disturbed(self, disturb, pause=0.0):
         """Until the command ends; `disturb` is called whenever everybody lives."""
@@ -58,14 +62,16 @@ class Run:
             self.node.wait_for_bell()
             self.node.check()
             assert time.monotonic() < deadline
+        memory, done = self.node.memory, self.node.done - self.node.base + 1
+        losses = memory.ring_doubles()[:done, [M.R_LOSS, M.R_NORM, M.R_CLIPPED, M.R_LR]]
+        self.records.append((losses.tobytes(), memory.ring_words()[:done, [M.R_STEP, M.R_SKIPPED]].tobytes()))
 
     def result(self):
         """Weights, moments, and of every step what must not depend on who computed it."""
         memory = self.node.memory
-        records = memory.ring_doubles()[: self.steps, [M.R_LOSS, M.R_NORM, M.R_CLIPPED, M.R_LR]]
-        words = memory.ring_words()[: self.steps, [M.R_STEP, M.R_SKIPPED]]
         assert (self.node.done, self.node.applied) == (self.steps, self.steps)
-        return [a.tobytes() for a in (memory.params, memory.moments, memory.squares, records, words)]
+        curve = [b"".join(parts) for parts in zip(*self.records, strict=True)]
+        return [a.tobytes() for a in (memory.params, memory.moments, memory.squares)] + curve
 
     def kill(self, *workers, number=signal.SIGKILL):
         for worker in workers:
@@ -311,7 +317,7 @@ def test_between_commands_the_number_of_workers_changes_and_no_bit(run, undistur
         one.disturbed(lambda: None)
         one.node.resize(workers)
         assert len(one.node.pids) == one.node.job.workers == workers
-        one.node.go_on(until + 1)
+        one.go_on(until)
     one.disturbed(lambda: None)
     assert one.result() == undisturbed(1000)
 
@@ -331,7 +337,7 @@ def test_a_death_while_the_number_of_workers_changes_is_recovered_too(run, undis
 
     monkeypatch.setattr(one.node.crew, "spawn", spawn_and_kill)
     one.node.resize(5)
-    one.node.go_on(1001)
+    one.go_on(1000)
     one.disturbed(lambda: None)
     assert len(one.node.pids) == 5 and one.events("recovered")
     assert one.result() == undisturbed(1000)
@@ -346,7 +352,7 @@ def test_a_worker_that_does_not_leave_when_the_number_changes_is_ended(run, undi
     os.kill(stopped, signal.SIGSTOP)
     one.node.resize(4)
     assert not os.path.exists(f"/proc/{stopped}/exe")
-    one.node.go_on(1001)
+    one.go_on(1000)
     one.disturbed(lambda: None)
     assert one.result() == undisturbed(1000) and one.told == []  # it was asked to leave: nothing was lost
 
