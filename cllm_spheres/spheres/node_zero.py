@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cllm_spheres import faults
 from cllm_spheres.errors import SphereLost
-from cllm_spheres.faults import Fault
-from cllm_spheres.kernels.progress import act
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.crew import LEAVES_WITHIN_S, Crew
+from cllm_spheres.spheres.fault_table import FaultTable
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.losses import MOST_DEATHS, Losses
 from cllm_spheres.spheres.memory import SharedMemory
@@ -56,6 +54,7 @@ class NodeZero:
         self._command = (0, 0, 0, 0)  # number, kind, first, last
         self._recovering = False
         self.losses = Losses(job, self.memory)
+        self.faults = FaultTable(self.memory, job.faults)
         for word, seconds, nanoseconds in (
             (M.LONG_TIMEOUT, 1, 0),
             (M.SHORT_TIMEOUT, 0, int(LOOK_AROUND_S * 1e9)),
@@ -69,8 +68,7 @@ class NodeZero:
         """The server and all workers; returns when every worker is ready. SphereLost where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
-        for words, fault in zip(self.memory.fault_words(), self.job.faults, strict=False):
-            words[: M.F_FIRED] = Fault(*fault).words
+        self.faults.lay_down()
         self.crew = Crew(self.job, self.memory, self.ring_bell, self._status, self._server_given)
         self.crew.spawn(list(range(self.job.workers)))
         self._wait_until_ready()
@@ -160,19 +158,6 @@ class NodeZero:
             self._set(word, value)
         self.memory.sphere_words()[:, M.P_COMPLETE] = 0
         self.memory.updated_words()[:] = 0
-
-    def fire_save(self, step: int) -> None:
-        """A fault that is due while the checkpoint of this step is saved: by Node Zero, to itself."""
-        for words in self.memory.fault_words()[: len(self.job.faults)]:
-            if words[M.F_PHASE] == faults.SAVE and words[M.F_STEP] == step and not words[M.F_FIRED]:
-                words[M.F_FIRED] = 1
-                act(int(words[M.F_ACTION]))
-
-    @property
-    def faults_left(self) -> list[str]:
-        """Faults that have not fired."""
-        fired = self.memory.fault_words()[:, M.F_FIRED]
-        return [str(Fault(*fault)) for fault, done in zip(self.job.faults, fired, strict=False) if not done]
 
     @property
     def done(self) -> int:

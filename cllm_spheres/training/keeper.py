@@ -119,7 +119,7 @@ class Keeper:
     def _before(self, operation: str, *paths: Path) -> None:
         """Before each change on disk: a fault on purpose comes when the first file has been written."""
         if operation == "sync":
-            self.node_zero.fire_save(self._step)
+            self.node_zero.faults.fire_save(self._step)
 
     def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
         """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.

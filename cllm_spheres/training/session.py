@@ -1,7 +1,6 @@
-"""Options -> a finished run: what the command `train` and `cllm_spheres.train` both do.
+"""Options -> the plan of a run: what the command `train` and `cllm_spheres.train` both begin with.
 
-Text is prepared if it has to be, the run is planned and its folder made, Node Zero is launched; then the caller
-watches until it ends.
+Text is prepared if it has to be, everything is checked, and the run's folder is made.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from cllm_spheres.text.folder import is_prepared
 from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
 from cllm_spheres.training.folder import Plan
-from cllm_spheres.training.launch import Launch
 from cllm_spheres.training.plan import check_shape, places, resolve
 from cllm_spheres.training.start import check_start
 
@@ -161,8 +159,3 @@ def _raw(source: Path | None) -> str | None:
     if source is None:
         return ""
     return None if is_prepared(source) else str(source.resolve())
-
-
-def start(plan: Plan) -> Launch:
-    """Node Zero, at work on a plan."""
-    return Launch().obey(plan)

@@ -104,7 +104,7 @@ class Trainer:
     def _end(self) -> str:
         """All steps are done: wait for what is still being saved."""
         self.keeper.finish()
-        if left := self.node_zero.faults_left:
+        if left := self.node_zero.faults.left:
             self.metrics.event("unfired", f"These faults did not happen: {', '.join(left)}.", self.step, faults=left)
         return "done" if self.step >= self.steps else "stop_at"
 

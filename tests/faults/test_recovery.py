@@ -379,7 +379,7 @@ def test_a_fault_fires_once_where_it_should_and_changes_no_bit(run, undisturbed,
     numbers = {"kill": "signal 9", "segv": "signal 11", "stop": "signal 9", "slow": "signal 9"}
     (lost,) = one.events("lost")
     assert "worker 2 (pid " in lost and numbers[action] in lost and "step 20." in lost
-    assert state.get(phase, "") in lost and one.node.faults_left == []
+    assert state.get(phase, "") in lost and one.node.faults.left == []
     assert len(one.events("hung")) == (action in ("stop", "slow"))
     assert one.result() == undisturbed(100, dtype=dtype)
 
@@ -412,7 +412,7 @@ def test_a_fault_that_has_not_fired_is_known(run):
     one = run(2, faults=[("update", 200, 3, "kill"), ("forward", 2, 0, "kill")])
     one.begin(100)
     one.disturbed(lambda: None)
-    assert one.node.faults_left == ["update:200:3:kill"]
+    assert one.node.faults.left == ["update:200:3:kill"]
 
 
 def test_a_whole_run_survives_its_workers_and_tells_of_each_loss(corpus, tmp_path):
