@@ -1,14 +1,17 @@
 """A run or a checkpoint -> a model in this process: logits, losses and gradients, and text.
 
-The kernels are those of training. B sequences, T tokens, V vocabulary, P parameters.
+Logits, losses and gradients come from the kernels of training, text from a `Writer` with a cache of keys and values.
+B sequences, T tokens, V vocabulary, P parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +19,14 @@ import numpy.typing as npt
 from cllm_spheres.checkpoint.checkpoint import STATE, Checkpoint
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError, nearest, shown
-from cllm_spheres.inference.sampling import choose, validate
+from cllm_spheres.inference.beam import Beam, beam_search
+from cllm_spheres.inference.many import MOST_AT_ONCE, Written, write_all
+from cllm_spheres.inference.options import options_of
+from cllm_spheres.inference.writer import Writer
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
 
 Ids = npt.ArrayLike
 
@@ -30,25 +36,25 @@ class Model:
 
     def __init__(self, shape: Shape, tokenizer: Tokenizer, tensors: Mapping[str, np.ndarray]) -> None:
         self.shape, self.tokenizer = shape, tokenizer
-        self._layout = Layout(shape)
-        self._params_P = new_arena(self._layout.size)
-        self._params_P[:] = 0
-        self._layout.fill(self._params_P, tensors)
-        self._geometry = geometry(self._layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
+        self.layout = Layout(shape)
+        self.params_P = new_arena(self.layout.size)
+        self.params_P[:] = 0
+        self.layout.fill(self.params_P, tensors)
+        self._geometry = geometry(self.layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
         self._arena = new_arena(self._geometry.arena_floats)
         self._progress = np.zeros(PROGRESS_WORDS, np.int64)
 
     def __repr__(self) -> str:
         s = self.shape
         return (
-            f"<Model of {self._layout.num_parameters:,} parameters: {s.layers} layers, width {s.width},"
+            f"<Model of {self.layout.num_parameters:,} parameters: {s.layers} layers, width {s.width},"
             f" {s.heads} heads, block {s.block_size}, {self.tokenizer.kind} vocabulary of {s.vocab_size:,}>"
         )
 
     @property
     def parameters(self) -> Mapping[str, np.ndarray]:
         """Names -> writable float32 views. Changing them in place counts in the next call."""
-        return MappingProxyType(self._layout.views(self._params_P))
+        return MappingProxyType(self.layout.views(self.params_P))
 
     def logits(self, ids: Ids) -> np.ndarray:
         """float32 [T, V]: what each of T tokens says about the one that follows it. InputError for bad ids."""
@@ -63,55 +69,88 @@ class Model:
         if inputs_BT.shape != targets_BT.shape:
             raise InputError(f"inputs have shape {inputs_BT.shape}, targets {targets_BT.shape}: they must be equal.")
         count, length = inputs_BT.shape
-        segment_P = np.zeros(self._layout.size, np.float32)
+        segment_P = np.zeros(self.layout.size, np.float32)
         loss = compute_shard.call(
-            self._geometry.array.ctypes.data, self._params_P.ctypes.data, 0, segment_P.ctypes.data,
+            self._geometry.array.ctypes.data, self.params_P.ctypes.data, 0, segment_P.ctypes.data,
             self._arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length,
             1.0 / (count * length), 0, 0, self._progress.ctypes.data,
         )  # fmt: skip
-        return loss / (count * length), self._layout.views(segment_P)
+        return loss / (count * length), self.layout.views(segment_P)
 
-    def generate(
-        self, prompt: str = "", *, tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
-        top_p: float | None = None, seed: int = 1337,
-    ) -> str:  # fmt: skip
-        """The prompt and up to `tokens` tokens more; temperature 0 is greedy. An end of text stops before."""
-        return prompt + "".join(
-            self.stream(prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        )
+    def generate(self, prompt: str = "", *, dtype: str = "fp32", threads: int | None = None, **options: Any) -> str:
+        """The prompt and up to `tokens` tokens more; temperature 0 is greedy. An end of text stops before.
+
+        options: those of `Options`. dtype: of the weights, "fp32" or "bf16". threads: None takes what the size is
+        worth.
+        """
+        return prompt + "".join(self.stream(prompt, dtype=dtype, threads=threads, **options))
 
     def stream(
-        self, prompt: str = "", *, tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
-        top_p: float | None = None, seed: int = 1337,
-    ) -> Iterator[str]:  # fmt: skip
+        self, prompt: str = "", *, dtype: str = "fp32", threads: int | None = None, **options: Any
+    ) -> Iterator[str]:
         """As `generate`, without the prompt, piece by piece as it is written."""
-        from cllm_spheres.crystal.random import PURPOSE_SAMPLING, key_of, uniform
+        chosen, ids = options_of(options), self.encode(prompt)
+        with self.writer(dtype=dtype, threads=threads) as writer:
+            writer.begin(ids, chosen)
+            while pieces := writer.step():
+                for piece in pieces:
+                    if piece.text:
+                        yield piece.text
 
-        validate(temperature, top_k, top_p, tokens)
-        if not 0 <= seed < 2**63:
-            raise InputError(f"The seed is {seed}: give 0 to {2**63 - 1}.")
-        ids = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
-        decoder = StreamDecoder(self.tokenizer)
-        key = np.uint64(key_of(seed, PURPOSE_SAMPLING, 0))  # as a plain int, half of all keys do not fit into 63 bits
-        for n in range(tokens):
-            window = np.array(ids[-self.shape.block_size :], np.int32)
-            logits_V = self._logits(window, len(window) - 1)[0]
-            number = uniform(key, n)
-            token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, uniform=number)
-            if token == self.tokenizer.eot:
-                break
-            ids.append(token)
-            if piece := decoder.feed(token):
-                yield piece
-        if rest := decoder.finish():
-            yield rest
+    def generate_all(
+        self,
+        prompts: Sequence[str],
+        *,
+        samples: int = 1,
+        dtype: str = "fp32",
+        threads: int | None = None,
+        **options: Any,
+    ) -> Iterator[Written]:
+        """`samples` texts for each of the prompts, written together; each as it ends."""
+        chosen, all_ids = options_of(options), [self.encode(prompt) for prompt in prompts]
+        if samples < 1:
+            raise InputError(f"--samples {samples} must be 1 or above.")
+        with self.writer(min(MOST_AT_ONCE, len(prompts) * samples), dtype=dtype, threads=threads) as writer:
+            for ids in all_ids:
+                writer.checked(ids)  # all of them, before the first is written
+            yield from write_all(writer, all_ids, chosen, samples)
+
+    def beams(
+        self,
+        prompt: str = "",
+        *,
+        tokens: int = 200,
+        width: int = 4,
+        length_penalty: float = 1.0,
+        best: int = 1,
+        dtype: str = "fp32",
+        threads: int | None = None,
+    ) -> list[Beam]:
+        """The `best` likeliest texts that a beam search of a width finds, the likeliest first: see `beam_search`."""
+        return beam_search(
+            self, self.encode(prompt), tokens=tokens, width=width, length_penalty=length_penalty, best=best,
+            dtype=dtype, threads=threads,
+        )  # fmt: skip
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt; an empty one is an end of text, behind which a text begins."""
+        return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+
+    @contextlib.contextmanager
+    def writer(self, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> Iterator[Writer]:
+        """A `Writer` of these weights as they are now."""
+        writer = Writer(self, slots, dtype=dtype, threads=threads)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
     def _logits(self, ids_T: np.ndarray, first_row: int) -> np.ndarray:
         from cllm_spheres.model.gpt import compute_logits
 
         logits = np.empty((len(ids_T) - first_row, self.shape.vocab_size), np.float32)
         compute_logits.call(
-            self._geometry.array.ctypes.data, self._params_P.ctypes.data, self._arena.ctypes.data, ids_T.ctypes.data,
+            self._geometry.array.ctypes.data, self.params_P.ctypes.data, self._arena.ctypes.data, ids_T.ctypes.data,
             len(ids_T), first_row, logits.ctypes.data, self._progress.ctypes.data,
         )  # fmt: skip
         return logits

@@ -86,9 +86,12 @@ def counted(b: Any, count: Any, carried: list[tuple[Any, Any]], body: Any) -> li
 TILE_ARGUMENTS = 11
 
 
-def _tile(module: Any, rows: int, vectors: int) -> Any:
-    """The function for a tile of `rows` rows and at most 16 * vectors columns, made once a module."""
-    name = f"cllm_spheres_tile_{rows}_{vectors}"
+def _tile(module: Any, rows: int, vectors: int, halves: bool = False) -> Any:
+    """The function for a tile of `rows` rows and at most 16 * vectors columns, made once a module.
+
+    halves: B holds 32 columns as bfloat16, word i of a row those of columns i (its low half) and 16 + i.
+    """
+    name = f"cllm_spheres_tile_{rows}_{vectors}{'_halves' if halves else ''}"
     if name in module.globals:
         return module.globals[name]
     made = ir.Function(module, ir.FunctionType(VOID, [I64] * TILE_ARGUMENTS), name)
@@ -118,7 +121,7 @@ def _tile(module: Any, rows: int, vectors: int) -> Any:
 
     def step(b: Any, values: list[Any]) -> list[Any]:
         a_now, b_now, *sums = values
-        columns_of_b = [load(b, at(b, b_now, 64 * v)) for v in range(vectors)]
+        columns_of_b = _widened(b, b_now) if halves else [load(b, at(b, b_now, 64 * v)) for v in range(vectors)]
         new = []
         for i in range(rows):
             element = b.load(b.bitcast(at(b, a_now, 4 * i), F32.as_pointer()), align=4)
@@ -138,6 +141,33 @@ def _tile(module: Any, rows: int, vectors: int) -> Any:
     return made
 
 
+def _widened(b: Any, place: Any) -> list[Any]:
+    """16 words of two bfloat16 each -> two vectors of float32."""
+    words = ir.VectorType(I32, LANES)
+    pairs = b.load(b.bitcast(place, words.as_pointer()), align=4)
+    low = b.shl(pairs, ir.Constant(words, [16] * LANES))
+    high = b.and_(pairs, ir.Constant(words, [-65536] * LANES))
+    return [b.bitcast(half, VECTOR) for half in (low, high)]
+
+
+def _cases(b: Any, rows: Any, vectors: Any, kinds: Any, call: Any) -> None:
+    """call(count, wide) for the one of 1..14 rows and of `kinds` vectors that is asked for."""
+    here, done = b.block, b.append_basic_block("tiled")
+    cases = []
+    for count in range(1, TILE_ROWS + 1):
+        for wide in kinds:
+            block = b.append_basic_block(f"tile{count}x{wide}")
+            b.position_at_end(block)
+            call(count, wide)
+            b.branch(done)
+            cases.append((4 * count + wide, block))
+    b.position_at_end(here)
+    switch = b.switch(b.add(b.mul(rows, constant(4)), vectors), done)
+    for value, block in cases:
+        switch.add_case(constant(value), block)
+    b.position_at_end(done)
+
+
 @intrinsic
 def tile(typing_context, rows, k, a, step_a, b, step_b, start, step_start, bias, c, step_c, columns):
     """C[rows, columns] = start + bias + A[rows, k] B[k, columns].
@@ -150,20 +180,25 @@ def tile(typing_context, rows, k, a, step_a, b, step_b, start, step_start, bias,
     def generate(context, b, signature, arguments):
         rows, *rest = arguments
         vectors = b.lshr(b.add(rest[-1], constant(LANES - 1)), constant(4))
-        here, done = b.block, b.append_basic_block("tiled")
-        cases = []
-        for count in range(1, TILE_ROWS + 1):
-            for wide in range(1, TILE_VECTORS + 1):
-                block = b.append_basic_block(f"tile{count}x{wide}")
-                b.position_at_end(block)
-                b.call(_tile(b.module, count, wide), rest)
-                b.branch(done)
-                cases.append((4 * count + wide, block))
-        b.position_at_end(here)
-        switch = b.switch(b.add(b.mul(rows, constant(4)), vectors), done)
-        for value, block in cases:
-            switch.add_case(constant(value), block)
-        b.position_at_end(done)
+        _cases(
+            b, rows, vectors, range(1, TILE_VECTORS + 1),
+            lambda count, wide: b.call(_tile(b.module, count, wide), rest),
+        )  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * (TILE_ARGUMENTS + 1)), generate
+
+
+@intrinsic
+def tile_of_halves(typing_context, rows, k, a, step_a, b, step_b, start, step_start, bias, c, step_c, columns):
+    """`tile` where B is bfloat16: a row of 32 columns is 16 words, in word i those of columns i (low) and 16 + i."""
+
+    def generate(context, b, signature, arguments):
+        rows, *rest = arguments
+        _cases(
+            b, rows, constant(TILE_VECTORS), (TILE_VECTORS,),
+            lambda count, wide: b.call(_tile(b.module, count, wide, halves=True), rest),
+        )  # fmt: skip
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * (TILE_ARGUMENTS + 1)), generate

@@ -253,10 +253,11 @@ class StreamDecoder:
     All that `feed` and the final `finish` return, joined, is `decode` of all ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """before: the ids that stand before the text, which a word is parted from by a space."""
         self.tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = True
+        self._first = all(token == tokenizer.eot for token in before)
 
     def feed(self, token: int) -> str:
         """The text that became complete with this token; "" while a character is still open."""
