@@ -76,7 +76,7 @@ def generate(
     if beams is not None:
         _check_beams(samples, sampling)
     model = load(run or newest_run(Path("runs")), checkpoint)
-    many = len(all_prompts) > 1 or samples > 1 or (best or 1) > 1
+    many = len(all_prompts) > 1 or samples != 1 or (best or 1) > 1
     try:
         if beams is not None:
             for number, text in enumerate(all_prompts):

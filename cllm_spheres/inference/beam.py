@@ -96,8 +96,8 @@ def beam_search(
 
 def _check(model: Model, prompt: Sequence[int], tokens: int, width: int, length_penalty: float, best: int) -> None:
     wrong = []
-    if not 1 <= width <= min(WIDEST, model.shape.vocab_size):
-        wrong.append(f"--beams {width} must be 1 to {min(WIDEST, model.shape.vocab_size)}.")
+    if not 1 <= width <= WIDEST:
+        wrong.append(f"--beams {width} must be 1 to {WIDEST}.")
     if not 1 <= best <= width:
         wrong.append(f"--best {best} must be 1 to --beams, which is {width}.")
     if not math.isfinite(length_penalty):

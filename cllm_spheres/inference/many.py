@@ -32,14 +32,12 @@ class Written:
 
 def write_all(writer: Writer, prompts: Sequence[Sequence[int]], options: Options, samples: int) -> Iterator[Written]:
     """`samples` texts for each prompt, in the order in which they end."""
-    waiting = ((prompt, sample) for prompt in range(len(prompts)) for sample in range(samples))
+    waiting = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples)][::-1]
     texts: dict[int, Written] = {}
-    while True:
-        while writer.free and (following := next(waiting, None)) is not None:
-            prompt, sample = following
+    while waiting or writer.busy:
+        while writer.free and waiting:
+            prompt, sample = waiting.pop()
             texts[writer.begin(prompts[prompt], options, sample)] = Written(prompt, sample)
-        if not texts:
-            return
         for piece in writer.step():
             texts[piece.text_id].add(piece)
             if piece.ended:

@@ -92,8 +92,8 @@ class Model:
         chosen, ids = options_of(options), self.encode(prompt)
         with self.writer(dtype=dtype, threads=threads) as writer:
             writer.begin(ids, chosen)
-            while pieces := writer.step():
-                for piece in pieces:
+            while writer.busy:
+                for piece in writer.step():
                     if piece.text:
                         yield piece.text
 

@@ -212,7 +212,7 @@ def _feed(card, member, rows, matrix_at, bias):
 def _pass(card, member):
     """One pass, by one member of the team."""
     rows, members, team = card[ROWS], card[MEMBERS], card[TEAM]
-    c, f = card[WIDTH], card[FF_WIDTH]
+    c, f, wanted = card[WIDTH], card[FF_WIDTH], card[NUM_WANTED]
     _embed(card, member, rows)
     meet(team, members)
     for layer in range(card[LAYERS]):
@@ -231,7 +231,6 @@ def _pass(card, member):
         meet(team, members)
         _linear(card, member, card[WIDE], rows, f, at[W_DOWN], at[B_DOWN], card[MID], card[X], c)
         meet(team, members)
-    wanted = card[NUM_WANTED]
     if wanted == 0:
         return
     if member == 0:

@@ -94,6 +94,11 @@ class Writer:
         """Texts that may begin now."""
         return len(self._free)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a text is being written."""
+        return bool(self._texts)
+
     def begin(self, ids: Sequence[int], options: Options, sample: int = 0) -> int:
         """Take in a text that goes on from a prompt; its id. Samples of equal options differ by their number.
 
@@ -137,7 +142,7 @@ class Writer:
                 return
 
     def step(self) -> list[Piece]:
-        """Advance every text by one token, or by a part of its prompt. [] where there is none."""
+        """Advance every text by one token, or by a part of its prompt, which gives no piece yet."""
         texts, rows = self._planned()
         if not rows:
             return []

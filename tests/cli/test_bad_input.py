@@ -70,6 +70,29 @@ CASES = {
         "generate {run} --temperature -1 --top-k 0 --top-p 2 --tokens 0",
         ["--temperature -1.0", "--top-k 0", "--top-p 2.0", "--tokens 0"],
     ),
+    "generate from a long prompt": (
+        "generate {run} --prompt abcdefghi",
+        ["The prompt has 9 tokens, and the model's block 8: shorten it"],
+    ),
+    "generate from two prompts": ("generate {run} --prompt a --prompts b", ["Both --prompt and --prompts were given"]),
+    "generate from no file": ("generate {run} --prompts nowhere.txt", ["Cannot read nowhere.txt"]),
+    "generate from a device": ("generate {run} --prompts /dev/zero", ["Cannot read /dev/zero: it is not a file"]),
+    "generate from no prompts": ("generate {run} --prompts empty.txt", ["empty.txt holds no prompts"]),
+    "generate from no records": ("generate {run} --prompts bad.jsonl", ["bad.jsonl, line 2, is not of the form"]),
+    "generate with what cannot be either": (
+        "generate {run} --min-p 2 --repetition-penalty 0 --stop=",
+        ["--min-p 2.0", "--repetition-penalty 0", "--stop takes up to 16 texts"],
+    ),
+    "generate in no dtype": ("generate {run} --dtype f32", ["--dtype 'f32' is not possible", "did you mean 'fp32'"]),
+    "generate with no threads": ("generate {run} --threads 0", ["--threads 0 must be 1 to 256"]),
+    "generate no samples": ("generate {run} --samples 0", ["--samples 0 must be 1 or above"]),
+    "search and draw": (
+        "generate {run} --beams 2 --temperature 1 --samples 2",
+        ["--beams searches the likeliest texts", "leave --temperature, --samples out"],
+    ),
+    "best of no search": ("generate {run} --best 2", ["--length-penalty and --best are for a search: give --beams"]),
+    "search too far": ("generate {run} --beams 2 --prompt abc", ["--tokens 200 must be 1 to 6"]),
+    "search too wide": ("generate {run} --beams 65 --best 66", ["--beams 65 must be 1 to 64", "--best 66 must be"]),
     "long name of a run": ("generate " + "x" * 300, ["File name too long"]),
     "long name of a new run": ("train {corpus} --run " + "x" * 300, ["File name too long", "Give another --run"]),
     "long name to watch": ("watch " + "x" * 300, ["File name too long"]),
@@ -92,6 +115,8 @@ def place(corpus, trained, tmp_path_factory):
     (place / "binary" / "x.bin").write_bytes(b"\0\1\2\3" * 50)
     (place / "text.txt").write_text(text(40))
     (place / "short.txt").write_text("short")
+    (place / "empty.txt").write_text("\n \n")
+    (place / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n')
     (place / "key.toml").write_text("lrate = 1\n")
     (place / "broken.toml").write_text("lr = \n")
     for name in ("other", "damaged"):

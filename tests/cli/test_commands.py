@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -21,7 +22,8 @@ OPTIONS = {
     "train": TRAIN,
     "prepare": "--tokenizer --vocab-size --out --val-fraction",
     "data": "",
-    "generate": "--prompt --tokens --temperature --top-k --top-p --seed --checkpoint",
+    "generate": "--prompt --prompts --tokens --temperature --top-k --top-p --min-p --repetition-penalty --stop --seed"
+    " --samples --beams --length-penalty --best --dtype --threads --json --checkpoint",
     "watch": "--plain --once --svg",
     "doctor": "--preset --spheres --workers --dtype --run --json",
 }
@@ -84,12 +86,41 @@ def test_prepare_data_train_generate_and_watch(tmp_path):
     greedy = command(*words, "--temperature", 0, cwd=tmp_path)
     assert command(*words[:-2], "--top-k", 1, cwd=tmp_path).stdout == greedy.stdout
     assert command(*words, "--checkpoint", "last", cwd=tmp_path).returncode == 0
+    check_many_texts(tmp_path, first.stdout)
 
     watched = command("watch", "run", "--plain", "--once", cwd=tmp_path)
     assert watched.returncode == 0
     assert "200/200" in watched.stdout and f"val {evaluations[-1]:.4f}" in watched.stdout
     assert command("watch", "run", "--svg", "picture.svg", cwd=tmp_path).returncode == 0
     assert "<svg" in (tmp_path / "picture.svg").read_text()[:200]
+
+
+def check_many_texts(place, alone):
+    """Several prompts, samples and beams of a run; `alone` is what one prompt gave on its own."""
+    (place / "prompts.txt").write_text("abc\r\n\nthe\n")
+    (place / "prompts.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "the"}\n')
+    words = ["generate", "run", "--tokens", 20, "--seed", 7]
+    shown = command(*words, "--prompts", "prompts.txt", cwd=place)
+    assert shown.returncode == 0, shown.stderr
+    texts = dict(re.findall(r"^--- prompt (\d), text 1 ---\n(.*?)(?=^---|\Z)", shown.stdout, re.M | re.S))
+    assert texts["1"] == alone and texts["2"].startswith("the")
+    lines = command(*words, "--prompts", "prompts.jsonl", "--samples", 3, "--json", "--threads", 2, cwd=place)
+    records = {(r["prompt"], r["sample"]): r for r in map(json.loads, lines.stdout.splitlines())}
+    assert len(records) == 6 and "abc" + records["abc", 0]["text"] + "\n" == alone
+    assert len({r["text"] for r in records.values()}) == 6 and {r["number"] for r in records.values()} == {0, 1}
+    assert all(r["tokens"] == 20 and r["ended"] == "length" for r in records.values())
+
+    stopped = command(*words, "--prompt", "abc", "--stop", records["abc", 0]["text"][3:6], cwd=place)
+    assert alone.startswith(stopped.stdout[:-1]) and len(stopped.stdout) < len(alone)
+    assert command(*words, "--prompt", "abc", "--dtype", "bf16", cwd=place).stdout.startswith("abc")
+    other = command(*words, "--prompt", "abc", "--repetition-penalty", 3, "--min-p", 0.01, cwd=place)
+    assert other.returncode == 0 and other.stdout != alone
+
+    words = ["generate", "run", "--prompt", "abc", "--tokens", 5, "--beams", 3]
+    best = command(*words, "--json", "--best", 2, "--length-penalty", 0, cwd=place)
+    one, two = map(json.loads, best.stdout.splitlines())
+    assert one["score"] >= two["score"] and one["score"] == one["logprob"] and one["text"] != two["text"]
+    assert command(*words, "--length-penalty", 0, cwd=place).stdout == "abc" + one["text"] + "\n"
 
 
 def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
