@@ -5,7 +5,8 @@ Every loop takes `times` first. Addresses are int64; shapes as in the kernels. S
 
 from __future__ import annotations
 
-from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.jit import kernel, reduction
+from cllm_spheres.kernels.arrays import f4
 from cllm_spheres.kernels.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.blas import blas_gemm
 from cllm_spheres.kernels.cross_entropy import head_loss_backward, softmax_cross_entropy
@@ -131,3 +132,12 @@ def repeat_update(times, decision, gradient, params, moments, squares, slot, num
         for block in range(num_blocks):
             _update_block(ADAMW, decision, gradient + 4 * block * BLOCK, params, moments, squares, slot, block, 1)
             _commit_block(ADAMW, params, moments, squares, slot, block)
+
+
+@reduction
+def read_floats(x_N):
+    """The sum of a large buffer: what memory gives."""
+    total = f4(0)
+    for i in range(x_N.size):
+        total += x_N[i]
+    return total

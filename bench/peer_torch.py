@@ -134,12 +134,18 @@ def build_model(order: Order) -> Any:
             self.h = nn.ModuleList(Block() for _ in range(order.layers))
             self.ln_f = nn.LayerNorm(C, EPSILON_NORM, bias=order.bias)
 
-        def forward(self, inputs_BT: Any, targets_BT: Any) -> Any:
-            x_BTC = self.wte(inputs_BT) + self.wpe.weight
+        def hidden(self, inputs_BT: Any) -> Any:
+            x_BTC = self.wte(inputs_BT) + self.wpe.weight[: inputs_BT.shape[1]]
             for block in self.h:
                 x_BTC = block(x_BTC)
-            logits_BTV = F.linear(self.ln_f(x_BTC), self.wte.weight)
+            return x_BTC
+
+        def forward(self, inputs_BT: Any, targets_BT: Any) -> Any:
+            logits_BTV = F.linear(self.ln_f(self.hidden(inputs_BT)), self.wte.weight)
             return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+        def next_logits(self, inputs_BT: Any) -> Any:
+            return F.linear(self.ln_f(self.hidden(inputs_BT)[:, -1]), self.wte.weight)
 
     return GPT2()
 
