@@ -157,7 +157,7 @@ def _show(
     if many:
         score = f", score {facts['score']:.4f}" if "score" in facts else ""
         print(f"--- prompt {number + 1}, text {sample + 1}{score} ---")
-    print(_harmless(prompt + text), flush=True)
+    print(harmless(prompt + text), flush=True)
 
 
 def _stream(model: Model, prompt: str, options: dict[str, Any]) -> None:
@@ -165,14 +165,14 @@ def _stream(model: Model, prompt: str, options: dict[str, Any]) -> None:
     import sys
 
     pieces = model.stream(prompt, **options)
-    sys.stdout.write(_harmless(prompt))
+    sys.stdout.write(harmless(prompt))
     for piece in pieces:
-        sys.stdout.write(_harmless(piece))
+        sys.stdout.write(harmless(piece))
         sys.stdout.flush()
     print()
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """On a terminal without the control characters that would command it."""
     import sys
 

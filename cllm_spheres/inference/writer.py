@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cllm_spheres.crystal.random import PURPOSE_SAMPLING, key_of, uniform
+from cllm_spheres.crystal.random import PURPOSE_SAMPLING, combine, key_of, uniform
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.choice import log_softmax, not_finite
 from cllm_spheres.inference.decoder import Decoder, Rows
@@ -108,16 +108,16 @@ class Writer:
         options.validate()
         assert self._free, "no slot is free"
         slot, cached = self._best_slot(ids[: -1 if not options.score_prompt else 0])
-        self._free.remove(slot)
         seen_V = None
         if options.repetition_penalty != 1:
             seen_V = np.zeros(self.shape.vocab_size, bool)
             seen_V[ids] = True
         text = _Text(
-            self._num_begun, slot, ids, options, np.uint64(key_of(options.seed, PURPOSE_SAMPLING, sample)),
+            self._num_begun, slot, ids, options, _key(options.seed, sample, ids),
             StreamDecoder(self.tokenizer, ids), Stops(options.stop), seen_V, cached=cached,
         )  # fmt: skip
         self._num_begun += 1
+        self._free.remove(slot)
         self._texts.append(text)
         return text.text_id
 
@@ -244,6 +244,14 @@ class Writer:
             self._held[slot] = self._held[best][: shared[best]]
             return slot, shared[best]
         return slot, shared[slot]
+
+
+def _key(seed: int, sample: int, ids: list[int]) -> np.uint64:
+    """The random numbers of a text: a stream of its own for each seed, sample and prompt."""
+    key = np.uint64(key_of(seed, PURPOSE_SAMPLING, sample))  # as a plain int, half of all keys do not fit into 63 bits
+    for token in ids:
+        key = np.uint64(combine(key, token))
+    return key
 
 
 def _common(held: list[int], ids: list[int]) -> int:
