@@ -33,16 +33,36 @@ def softmax_cross_entropy(logits_RV, targets_R, scale):
 
 
 @kernel
-def head_loss(x_NC, wte_VC, targets_N, logits_RV, scratch):
-    """Sum of the token losses, float64, without gradients. logits_RV: scratch of R rows; scratch: as in linear.py."""
+def count_correct(logits_RV, targets_R):
+    """How many rows have their target as the likeliest token: of equal logits the lowest id is the likeliest."""
+    count = 0
+    for r in range(targets_R.size):
+        row = logits_RV[r]
+        largest = row[targets_R[r]]
+        if largest == row_max(row):
+            likeliest = 0
+            while row[likeliest] != largest:
+                likeliest += 1
+            count += 1 if likeliest == targets_R[r] else 0
+    return count
+
+
+@kernel
+def head_loss(x_NC, wte_VC, targets_N, logits_RV, scratch, correct_1):
+    """Sum of the token losses, float64, without gradients; correct_1, int64: the targets that were the likeliest.
+
+    logits_RV: scratch of R rows; scratch: as in linear.py.
+    """
     n, c, v, rows = x_NC.shape[0], x_NC.shape[1], wte_VC.shape[0], logits_RV.shape[0]
     loss = 0.0
+    correct_1[0] = 0
     for start in range(0, n, rows):
         r = min(rows, n - start)
         x = x_NC[start : start + r]
         gemm(
             False, True, r, v, c, x.ctypes.data, c, wte_VC.ctypes.data, c, 0, 0, 0, logits_RV.ctypes.data, v, scratch
         )  # fmt: skip
+        correct_1[0] += count_correct(logits_RV[:r], targets_N[start : start + r])
         loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], f4(0))
     return loss
 

@@ -59,11 +59,13 @@ def describe(dtype: str) -> str:
     return "float32" + (", as this CPU has no bfloat16 arithmetic" if dtype == "bf16" else "")
 
 
-def geometry(layout: Layout, dtype: str, *, largest_shard: int, dropout: float = 0.0) -> Geometry:
-    """Where everything lies for the kernels of a dtype."""
+def geometry(
+    layout: Layout, dtype: str, *, largest_shard: int, dropout: float = 0.0, backward: bool = True
+) -> Geometry:
+    """Where everything lies for the kernels of a dtype. Without `backward` all layers share one place."""
     check(dtype)
     of_dtype = bf16.geometry if dtype == "bf16" else fp32.geometry
-    return of_dtype(layout, largest_shard=largest_shard, dropout=dropout)
+    return of_dtype(layout, largest_shard=largest_shard, dropout=dropout, backward=backward)
 
 
 def packed_sizes(layout: Layout, dtype: str) -> tuple[int, int]:

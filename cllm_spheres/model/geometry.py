@@ -56,8 +56,11 @@ def head_rows(rows: int, vocab_size: int) -> int:
     return -(-rows // -(-rows // most))
 
 
-def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geometry:
-    """largest_shard: sequences; no more are ever computed together, which keeps the arena small."""
+def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0, backward: bool = True) -> Geometry:
+    """largest_shard: sequences; no more are ever computed together, which keeps the arena small.
+
+    backward: what the forward leaves is read again; else all layers share one place, and only losses can be computed.
+    """
     s = layout.shape
     c, f, v = s.width, s.ff_width, s.vocab_size
     sequences = min(sequences_at_a_time(s.block_size, c), largest_shard)
@@ -80,12 +83,13 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
         dict(x=n * c, ln1=n * c, qkv=n * 3 * c, lse=sequences * s.heads * s.block_size, att=n * c,
              mid=n * c, ln2=n * c, up=n * f, act=n * f, stats=4 * n), 0,
     )  # fmt: skip
-    values["layer_floats"] = one_layer
-    values["arena_floats"] = place(
-        dict(x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=rows_of_head * v, dx=n * c, dt=n * c, datt=n * c,
-             dqkv=n * 3 * c, dact=n * f, scratch=attention_floats(s.block_size),
-             products=product_floats(max(n, c, f, v))), s.layers * one_layer,
+    values["layer_floats"] = one_layer if backward else 0
+    shared = place(
+        dict(x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=rows_of_head * v, scratch=attention_floats(s.block_size),
+             products=product_floats(max(n, c, f, v))), s.layers * one_layer if backward else one_layer,
     )  # fmt: skip
+    gradients = place(dict(dx=n * c, dt=n * c, datt=n * c, dqkv=n * 3 * c, dact=n * f), shared)
+    values["arena_floats"] = gradients if backward else shared
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]
     array = np.array([values[name] for name in FIELDS] + offsets, np.int64)
     return Geometry(array, values["arena_floats"], sequences)

@@ -86,8 +86,11 @@ def sequences_at_a_time(block_size: int) -> int:
     return max(1, ROWS_AT_A_TIME // padded(block_size))
 
 
-def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geometry:
-    """largest_shard: sequences; no more are ever computed together, which keeps the arena small."""
+def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0, backward: bool = True) -> Geometry:
+    """largest_shard: sequences; no more are ever computed together, which keeps the arena small.
+
+    backward: as in geometry.py.
+    """
     s = layout.shape
     c, f, t = padded(s.width), padded(s.ff_width), padded(s.block_size)
     d = s.width // s.heads
@@ -113,26 +116,25 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0) -> Geo
         dict(x=4 * n * s.width, ln1=2 * n * c, qkv=2 * n * 3 * h, lse=4 * sequences * s.heads * t, att=2 * n * h,
              mid=4 * n * s.width, ln2=2 * n * c, up=2 * n * f, act=2 * n * f, stats=16 * n), 0,
     )  # fmt: skip
-    values["layer_bytes"] = one_layer
+    values["layer_bytes"] = one_layer if backward else 0
     widest = max(c, f, 3 * h)
     shared = place(
-        dict(x_last=4 * n * s.width, lnf=2 * n * c, lnf_stats=8 * n, dx=4 * n * s.width, dt=4 * n * s.width,
-             keys=8 * sequences, row=4 * widest, wide_bias=8 * 3 * h, ids=4 * n, targets=4 * n,
-             scratch=max(4 * 32 * SWEEP, 4 * 32 * CHUNK, attention_bytes(t, e))), s.layers * one_layer,
+        dict(x_last=4 * n * s.width, lnf=2 * n * c, lnf_stats=8 * n, keys=8 * sequences, row=4 * widest,
+             wide_bias=8 * 3 * h, ids=4 * n, targets=4 * n, head_stats=4 * 4 * n,
+             scratch=max(4 * 32 * SWEEP, 4 * 32 * CHUNK, attention_bytes(t, e))),
+        s.layers * one_layer if backward else one_layer,
     )  # fmt: skip
+    gradients = place(dict(dx=4 * n * s.width, dt=4 * n * s.width), shared)
     # The head is done before the layers' backward begins: their buffers share one place.
     spread = 4 * h * max(3 * h, c) if e != d else 0
-    backward = place(
+    of_layers = place(
         dict(datt=2 * n * h, rows=2 * n * widest, pairs=2 * n * widest, columns=2 * n * max(c, f, h), wide=spread),
-        shared,
+        gradients,
     )  # fmt: skip
     kept = kept_logits(n, s.vocab_size)
-    head = place(
-        dict(logits=2 * n * chunk, turned=2 * n * chunk, kept=4 * kept, x_pairs=2 * n * c, head_stats=4 * 3 * n),
-        shared,
-    )  # fmt: skip
+    of_head = place(dict(logits=2 * n * chunk, turned=2 * n * chunk, kept=4 * kept, x_pairs=2 * n * c), gradients)
     values["kept"] *= kept > 0  # 0: none are kept
-    values["arena_bytes"] = max(backward, head)
+    values["arena_bytes"] = max(of_layers, of_head) if backward else shared
     matrices = packed(layout).matrices
     values["matrices"] = len(matrices)
     offsets = [layout.offset_of(f"h.{i}.{name}") for i in range(s.layers) for name in LAYER_TENSORS]

@@ -280,15 +280,21 @@ def compute_shard(
     return loss
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8))
-def evaluate_window(geometry, params, packed, arena, inputs, targets, length, progress):
-    """The summed loss of one window of `length` tokens, without dropout. Addresses as in compute_shard."""
+@entry(_d8(*[_i8] * 10))
+def evaluate_window(geometry, params, packed, arena, inputs, targets, length, first, correct, progress):
+    """The summed loss of rows first..length of one window of `length` tokens, without dropout.
+
+    Addresses as in compute_shard; correct: of an int64, which becomes the number of these rows whose target is the
+    likeliest token.
+    """
     state = flush_subnormals()
     g = _geometry(geometry)
     _forward(geometry, params, arena, inputs, length, length, 0, 0, progress)
-    x = _shared(g, arena, G.LNF, length, g[G.WIDTH])
+    x = _shared(g, arena, G.LNF, length, g[G.WIDTH])[first:]
     products = arena + 4 * g[G.PRODUCTS]
-    loss = head_loss(x, _ends(g, params)[0], tokens(targets, length), _logits(g, arena), products)
+    loss = head_loss(
+        x, _ends(g, params)[0], tokens(targets, length)[first:], _logits(g, arena), products, integers(correct, 1)
+    )
     restore(state)
     return loss
 

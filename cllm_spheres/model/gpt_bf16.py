@@ -85,19 +85,26 @@ def compute_shard_bf16(
     return loss
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8))
-def evaluate_window_bf16(geometry, params, packed, arena, inputs, targets, length, progress):
-    """The summed loss of one window of `length` tokens, without dropout. Addresses as in compute_shard_bf16."""
+@entry(_d8(*[_i8] * 10))
+def evaluate_window_bf16(geometry, params, packed, arena, inputs, targets, length, first, correct, progress):
+    """The summed loss of rows first..length of one window of `length` tokens, without dropout.
+
+    Addresses as in compute_shard_bf16; correct: as in evaluate_window in gpt.py.
+    """
     state = flush_subnormals()
     g = card(geometry)
     begin(arena + g[G.SCRATCH])
     n = padded(length)
     ids = _pad_tokens(inputs, 1, length, 0, tokens(arena + g[G.IDS], n))
     wanted = _pad_tokens(targets, 1, length, -1, tokens(arena + g[G.TARGETS], n))
+    for t in range(first):
+        wanted[t] = -1
     _forward(geometry, params, packed, arena, ids.ctypes.data, n, length, 0, 0, progress)
+    skipped = first // 32 * 32  # rows of whole tiles that are not asked for
     loss = _head_loss(
-        arena + g[G.LNF], g[G.WIDTH], weights(g, packed, 4 * g[G.LAYERS])[1], g[G.VOCAB], n, wanted.ctypes.data,
-        arena + g[G.HEAD_STATS], arena + g[G.SCRATCH],
+        arena + g[G.LNF] + 2 * skipped * padded(g[G.WIDTH]), g[G.WIDTH], weights(g, packed, 4 * g[G.LAYERS])[1],
+        g[G.VOCAB], n - skipped, wanted.ctypes.data + 4 * skipped, arena + g[G.HEAD_STATS], arena + g[G.SCRATCH],
+        correct,
     )  # fmt: skip
     end()
     restore(state)

@@ -35,6 +35,7 @@ class Job:
     dropout: float = 0.0
     skip_nonfinite: bool = False
     dtype: str = "fp32"  # of the kernels' arithmetic
+    trains: bool = True  # else it evaluates the windows of `val`, and holds nothing but weights
     trace_marks: int = 0  # room for the trace of a step, for each worker
     faults: list[tuple[str, int, int, str]] = field(default_factory=list)  # those of a faults.Fault each
     cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
@@ -47,7 +48,8 @@ class Job:
             num_parameters=layout.size,
             num_spheres=self.spheres,
             num_windows=self.num_windows,
-            has_squares=self.optimizer == "adamw",
+            has_squares=self.trains and self.optimizer == "adamw",
+            trains=self.trains,
             packed_bytes=packed_bytes,
             pack_units=pack_units,
             trace_marks=self.trace_marks,

@@ -90,6 +90,12 @@ class Sizes:
     packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
     pack_units: int = 0  # units of work that fill them
     trace_marks: int = 0  # of a worker in a traced step (kernels/trace.py); 0: no step is traced
+    trains: bool = True  # else weights are evaluated: no moments, no gradients
+
+    @property
+    def keeps_sum(self) -> bool:
+        """Whether the sum of all segments has a place."""
+        return self.trains and bool(keeps_sum(self.num_spheres))
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -119,7 +125,9 @@ class Regions:
         self.rates = place(RING * 8)
         self.window_starts = place(sizes.num_windows * 8)
         self.window_lengths = place(sizes.num_windows * 8)
+        self.window_firsts = place(sizes.num_windows * 8)
         self.window_losses = place(sizes.num_windows * 8)
+        self.window_hits = place(sizes.num_windows * 8)
         self.norms = place(blocks * 8)
         self.updated = place(blocks * 8)
         self.errors = place(sizes.num_spheres * ERROR_BYTES)
@@ -127,11 +135,11 @@ class Regions:
         self.trace_stride = 8 * (HEADER_WORDS + 2 * sizes.trace_marks)
         self.traces = place(sizes.num_spheres * self.trace_stride if sizes.trace_marks else 0, PAGE)
         self.params = place(flat, PAGE)
-        self.moments = place(flat, PAGE)
+        self.moments = place(flat if sizes.trains else 0, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
-        self.gradient = place(flat if keeps_sum(sizes.num_spheres) else 0, PAGE)
+        self.gradient = place(flat if sizes.keeps_sum else 0, PAGE)
         self.packed = place(sizes.packed_bytes, PAGE)
-        self.segments = place(flat * sizes.num_spheres, PAGE)
+        self.segments = place(flat * sizes.num_spheres if sizes.trains else 0, PAGE)
         self.stride = flat
         self.total = place(0, PAGE)
 
@@ -185,7 +193,7 @@ class SharedMemory:
 
     @property
     def moments(self) -> np.ndarray:
-        return self.floats(self.regions.moments, self.sizes.num_parameters)
+        return self.floats(self.regions.moments, self.sizes.num_parameters if self.sizes.trains else 0)
 
     @property
     def squares(self) -> np.ndarray:

@@ -49,7 +49,7 @@ from cllm_spheres.text.batches import read_window, shard, window_start
 _i8, _d8 = types.int64, types.float64
 _pack_unit = at_address(_i8(*[_i8] * 4))
 _compute_shard = at_address(_d8(*[_i8] * 9, _d8, *[_i8] * 3))
-_evaluate_window = at_address(_d8(*[_i8] * 8))
+_evaluate_window = at_address(_d8(*[_i8] * 10))
 _initialise_block = initialise_block.external
 _gather_block = gather_block.external
 _sum_block = sum_block.external
@@ -241,9 +241,9 @@ def finish(x, step, index):
 
 @kernel
 def evaluate(x, first, last):
-    """This worker's share of the pinned windows first .. last - 1, each loss stored at its index; False: aborted."""
+    """This worker's share of the windows first .. last - 1, loss and hits of each at its index; False: aborted."""
     starts, lengths = integers(x[C.WINDOW_STARTS], last), integers(x[C.WINDOW_LENGTHS], last)
-    losses = doubles(x[C.WINDOW_LOSSES], last)
+    firsts, losses = integers(x[C.WINDOW_FIRSTS], last), doubles(x[C.WINDOW_LOSSES], last)
     for i in range(first + x[C.WORKER], last, x[C.NUM_WORKERS]):
         if load(C.word(x, M.ABORT)) != 0:
             return False
@@ -258,7 +258,7 @@ def evaluate(x, first, last):
         losses[i] = _evaluate_window(
             x[C.EVALUATE_WINDOW],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.ARENA], x[C.INPUTS], x[C.TARGETS], lengths[i],
-            C.mine(x, M.W_PROGRESS),
+            firsts[i], x[C.WINDOW_HITS] + 8 * i, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
     return True
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cllm_spheres.kernels.optimizer import commit_block, update_block
-from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, keeps_sum
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.initialise import initial_tables
@@ -32,11 +32,13 @@ class Worker:
         layout = Layout(job.shape)
         regions = memory.regions
         entries = dtypes.entries(job.dtype)
-        shape_on_card = dtypes.geometry(layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
+        shape_on_card = dtypes.geometry(
+            layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
+        )
         places, values = initial_tables(layout)
         first_block, last_block = span(worker, job.workers, layout.num_blocks)
         sequence_tokens = job.largest_shard * job.shape.block_size
-        train = np.memmap(job.train, np.uint8, "r")
+        train = np.memmap(job.train, np.uint8, "r") if job.trains else np.zeros(8, np.uint8)
         val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
         inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
         arena, block_sum = new_arena(shape_on_card.arena_floats), new_arena(BLOCK)
@@ -53,13 +55,14 @@ class Worker:
             control=base + regions.control, decision=base + regions.decision, workers=base + regions.workers,
             spheres=base + regions.spheres, ring=base + regions.ring, rates=base + regions.rates,
             window_starts=base + regions.window_starts, window_lengths=base + regions.window_lengths,
-            window_losses=base + regions.window_losses, norms=base + regions.norms, updated=base + regions.updated,
+            window_firsts=base + regions.window_firsts, window_losses=base + regions.window_losses,
+            window_hits=base + regions.window_hits, norms=base + regions.norms, updated=base + regions.updated,
             layers=job.shape.layers, num_faults=len(job.faults), faults=base + regions.faults,
             slots=base + regions.slots, slot=base + regions.slots + worker * SLOT_FLOATS * 4,
             params=base + regions.params, moments=base + regions.moments, squares=base + regions.squares,
             gradient=base + regions.gradient, segments=base + regions.segments, packed=base + regions.packed,
             pack_units=memory.sizes.pack_units,
-            keeps_sum=keeps_sum(job.spheres), block_sum=block_sum.ctypes.data,
+            keeps_sum=memory.sizes.keeps_sum, block_sum=block_sum.ctypes.data,
             geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
@@ -80,13 +83,14 @@ class Worker:
 def allocate_own_ranges(job: Job, memory: SharedMemory, worker: int) -> None:
     """Take the pages of this worker's segments and of its span, on its own NUMA node. OSError where there are none."""
     regions, flat = memory.regions, memory.regions.stride
-    for sphere in hosted(worker, job.workers, job.spheres):
+    for sphere in hosted(worker, job.workers, job.spheres) if job.trains else ():
         memory.allocate(regions.segments + sphere * flat, flat)
     first, last = span(worker, job.workers, memory.sizes.num_parameters // BLOCK)
     start, size = first * 4 * BLOCK, (last - first) * 4 * BLOCK
-    owned = [regions.params, regions.moments]
+    owned = [regions.params]
+    owned += [regions.moments] if job.trains else []
     owned += [regions.squares] if memory.sizes.has_squares else []
-    owned += [regions.gradient] if keeps_sum(job.spheres) else []
+    owned += [regions.gradient] if memory.sizes.keeps_sum else []
     for region in owned:
         memory.allocate(region + start, size)
     # Units of packing need not be equally large: an even share of their bytes, rounded out to pages.

@@ -157,10 +157,13 @@ def make_job(config: Config, prepared: Prepared) -> Job:
 
 
 def memory_bytes(job: Job) -> int:
-    """What a run of this job takes: the shared memory, and each worker's own."""
-    geometry = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
+    """What this job takes: the shared memory, each worker's own, and in training a copy of what is being saved."""
+    layout = Layout(job.shape)
+    geometry = dtypes.geometry(
+        layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
+    )
     arena = geometry.arena_floats * 4
-    copy = Layout(job.shape).size * 4 * (3 if job.sizes.has_squares else 2)  # of what is being saved
+    copy = layout.size * 4 * (3 if job.sizes.has_squares else 2) if job.trains else 0
     return Regions(job.sizes).total + copy + job.workers * (arena + WORKER_BYTES)
 
 

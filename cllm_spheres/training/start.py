@@ -100,7 +100,9 @@ def check_tasks(job: Job) -> None:
 
 def address_bytes(job: Job) -> int:
     """What a process of a run maps, at least."""
-    geometry = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
+    geometry = dtypes.geometry(
+        Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
+    )
     return Regions(job.sizes).total + 4 * geometry.arena_floats + limits.ADDRESS_BYTES
 
 
@@ -159,7 +161,7 @@ def slow(job: Job, dtype: str) -> list[str]:
 
 def _fewer(job: Job, workers: int) -> str:
     """Options that compute the same bits on fewer workers."""
-    return f"--workers {workers} --spheres {job.spheres}"
+    return f"--workers {workers}" + (f" --spheres {job.spheres}" if job.trains else "")
 
 
 def _workers(job: Job) -> str:

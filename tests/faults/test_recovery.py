@@ -251,12 +251,14 @@ def test_a_worker_killed_during_an_evaluation_changes_no_loss(run):
     one.disturbed(lambda: None)
     losses = one.node.memory.doubles(one.node.memory.regions.window_losses, WINDOWS)
     one.node.do(M.EVALUATE, 0, WINDOWS)
-    expected = losses.copy()
-    losses[:] = np.nan
+    hits = one.node.memory.words(one.node.memory.regions.window_hits, WINDOWS)
+    expected, expected_hits = losses.copy(), hits.copy()
+    losses[:], hits[:] = np.nan, -1
     one.node.give(M.EVALUATE, 0, WINDOWS)
     kills = iter(range(2))  # a third within one step would end the run
     one.disturbed(lambda: next(kills, None) is not None and one.kill(1), pause=0.01)
     assert one.events("recovered") and losses.tobytes() == expected.tobytes()
+    assert (hits == expected_hits).all() and hits.max() > 0
 
 
 def test_a_worker_killed_between_commands_is_replaced_before_the_next(run, undisturbed):

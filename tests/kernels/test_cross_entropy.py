@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward, softmax_cross_entropy
+from cllm_spheres.kernels.cross_entropy import count_correct, head_loss, head_loss_backward, softmax_cross_entropy
 from cllm_spheres.kernels.sizes import product_floats
 from tests import naive
 from tests.check import assert_close, assert_gradient
@@ -27,10 +27,19 @@ def inputs(rng, n, c, v):
 @pytest.mark.parametrize(("n", "c", "v", "rows"), SIZES)
 def test_the_loss_equals_its_twin(n, c, v, rows, rng, buffer):
     x, wte, targets = inputs(rng, n, c, v)
-    loss = head_loss(x, wte, targets, buffer(rows, v), buffer(product_floats(max(n, v))).ctypes.data)
+    loss, correct = head_of(buffer, x, wte, targets, rows)
     expected = naive.head_forward(x.astype(float), wte.astype(float), targets)
     # Logits up to ~30 in float32 are known to ~1e-6 each.
     assert abs(loss - expected) < 1e-5 * n
+    assert correct == ((x.astype(float) @ wte.T.astype(float)).argmax(1) == targets).sum()
+
+
+def head_of(buffer, x, wte, targets, rows):
+    """head_loss: the loss, and the targets that were the likeliest."""
+    n, v = len(x), len(wte)
+    correct = np.array([-1], np.int64)
+    loss = head_loss(x, wte, targets, buffer(rows, v), buffer(product_floats(max(n, v))).ctypes.data, correct)
+    return loss, correct[0]
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -42,10 +51,20 @@ def test_backward_equals_its_twin(n, c, v, rows, accumulate, rng, buffer):
     loss = head_loss_backward(
         x, wte, targets, scale, buffer(rows, v), dx, dwte, accumulate, buffer(product_floats(max(n, v))).ctypes.data
     )
-    assert loss == head_loss(x, wte, targets, buffer(rows, v), buffer(product_floats(max(n, v))).ctypes.data)
+    assert loss == head_of(buffer, x, wte, targets, rows)[0]
     expected = naive.head_backward(x.astype(float), wte.astype(float), targets)
     assert_close(dx, scale * expected[0])
     assert_close(dwte, 5 * accumulate + scale * expected[1])
+
+
+@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 100])
+def test_of_equal_logits_the_lowest_id_is_the_likeliest(v, rng):
+    logits = rng.integers(0, 3, (200, v)).astype(np.float32)  # nearly every row has its largest several times
+    targets = rng.integers(0, v, 200, dtype=np.int32)
+    before = logits.copy()
+    assert count_correct(logits, targets) == (logits.argmax(1) == targets).sum() > 0
+    assert (logits == before).all()
+    assert count_correct(np.full((3, v), np.nan, np.float32), targets[:3]) == 0
 
 
 @pytest.mark.parametrize("v", [2, 15, 16, 17, 100])

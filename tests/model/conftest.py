@@ -28,12 +28,13 @@ class Whole:
     dropout: float = 0.0
     dtype: str = "fp32"
     size: float = 0.3  # of the weights of matrices
+    backward: bool = True
     layout: Layout = field(init=False)
     card: Geometry = field(init=False)
 
     def __post_init__(self):
         self.layout = Layout(self.shape)
-        sizes = dict(largest_shard=self.largest_shard, dropout=self.dropout)
+        sizes = dict(largest_shard=self.largest_shard, dropout=self.dropout, backward=self.backward)
         self.card = dtypes.geometry(self.layout, self.dtype, **sizes)
         self.entries = dtypes.entries(self.dtype)
         size_bytes, self.units = dtypes.packed_sizes(self.layout, self.dtype)
@@ -74,11 +75,18 @@ class Whole:
         return loss, segment_P
 
     def window(self, inputs_T, targets_T):
+        return self.scored(inputs_T, targets_T, 0)[0]
+
+    def scored(self, inputs_T, targets_T, first):
+        """Loss and right predictions of the rows from `first` on."""
         self.pack()
-        return self.entries.evaluate_window.call(
+        correct = np.array([-1], np.int64)
+        loss = self.entries.evaluate_window.call(
             self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, self.arena.ctypes.data,
-            inputs_T.ctypes.data, targets_T.ctypes.data, len(inputs_T), PROGRESS.ctypes.data,
+            inputs_T.ctypes.data, targets_T.ctypes.data, len(inputs_T), first, correct.ctypes.data,
+            PROGRESS.ctypes.data,
         )  # fmt: skip
+        return loss, int(correct[0])
 
     def logits(self, inputs_T, first_row=0):
         """Of float32 alone: there is no other inference."""

@@ -185,3 +185,30 @@ def test_the_callers_arithmetic_stays_as_it_was(whole, dtype, entry):
     }
     getattr(model, entry)(*arguments[entry])
     assert (np.full(33, 1e-38, np.float32) * np.float32(0.5) > 0).all()  # subnormal numbers are not flushed here
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_may_be_left_unscored_and_right_predictions_are_counted(whole, dtype, name):
+    model = whole(SHAPES[name], dtype=dtype, size=SIZES[dtype])
+    length = model.shape.block_size
+    inputs_BT, _ = model.batch(1)
+    logits_TV = naive_logits(model.shape, model.parameters, inputs_BT)[0]
+    # Every second target is the likeliest token, every other one the least likely: no rounding makes up for that.
+    targets_T = np.where(np.arange(length) % 2, logits_TV.argmin(1), logits_TV.argmax(1)).astype(np.int32)
+    order_TV = np.sort(logits_TV, 1)
+    sure_T = order_TV[:, -1] - order_TV[:, -2] > 0.02 * (order_TV[:, -1] - order_TV[:, 0])
+    right_T = logits_TV.argmax(1) == targets_T
+    losses_T = np.log(np.exp(logits_TV - order_TV[:, -1:]).sum(1)) + order_TV[:, -1]
+    losses_T -= logits_TV[np.arange(length), targets_T]
+    for first in {0, 1, length // 2, length - 1} & set(range(length)):
+        loss, correct = model.scored(inputs_BT[0], targets_T, first)
+        assert_loss(dtype, loss / (length - first), losses_T[first:].mean())
+        assert (right_T & sure_T)[first:].sum() <= correct <= (right_T | ~sure_T)[first:].sum()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_where_nothing_goes_back_all_layers_share_one_place_with_the_same_bits(whole, dtype, name):
+    model, light = whole(SHAPES[name], dtype=dtype), whole(SHAPES[name], dtype=dtype, backward=False)
+    inputs_BT, targets_BT = model.batch(1)
+    assert light.card.arena_floats < model.card.arena_floats
+    assert light.scored(inputs_BT[0], targets_BT[0], 0) == model.scored(inputs_BT[0], targets_BT[0], 0)

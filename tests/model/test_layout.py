@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_spheres.kernels.sizes import ALIGN, BLOCK
+from cllm_spheres.kernels.sizes import ALIGN, BLOCK, attention_floats, product_floats
 from cllm_spheres.model.geometry import FIELDS, geometry, sequences_at_a_time
 from cllm_spheres.model.initialise import initial_tables, initialise_block
 from cllm_spheres.model.layout import Layout, Shape
@@ -48,9 +48,9 @@ def test_parameters_are_as_many_as_gpt2_has(shape):
     assert any(tensor.name.endswith(".bias") for tensor in layout.tensors) == shape.bias
 
 
-@given(shapes, st.integers(1, 200))
-def test_the_parts_of_the_workspace_do_not_overlap(shape, largest_shard):
-    card = geometry(Layout(shape), largest_shard=largest_shard)
+@given(shapes, st.integers(1, 200), st.booleans())
+def test_the_parts_of_the_workspace_do_not_overlap(shape, largest_shard, backward):
+    card = geometry(Layout(shape), largest_shard=largest_shard, backward=backward)
     values = dict(zip(FIELDS, card.array.tolist(), strict=False))
     n = values["sequences"] * shape.block_size
     assert values["sequences"] == min(largest_shard, sequences_at_a_time(shape.block_size, shape.width)) >= 1
@@ -60,18 +60,22 @@ def test_the_parts_of_the_workspace_do_not_overlap(shape, largest_shard):
         stats=4 * n,
     )  # fmt: skip
     shared = dict(
-        x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=values["head_rows"] * shape.vocab_size, dx=n * c, dt=n * c,
-        datt=n * c, dqkv=3 * n * c, dact=n * f,
+        x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=values["head_rows"] * shape.vocab_size,
+        scratch=attention_floats(shape.block_size),
+        products=product_floats(max(n, c, f, shape.vocab_size)),
     )  # fmt: skip
+    gradients = dict(dx=n * c, dt=n * c, datt=n * c, dqkv=3 * n * c, dact=n * f) if backward else {}
+    layers_end = shape.layers * values["layer_floats"] if backward else values["x_last"]
+    assert values["layer_floats"] > 0 if backward else values["layer_floats"] == 0
     for sizes, begin, end in (
-        (in_a_layer, 0, values["layer_floats"]),
-        (shared, shape.layers * values["layer_floats"], values["scratch"]),
+        (in_a_layer, 0, values["layer_floats"] or layers_end),
+        (shared | gradients, layers_end, values["arena_floats"]),
     ):
         for name, size in sorted(sizes.items(), key=lambda item: values[item[0]]):
             assert begin <= values[name] and values[name] % ALIGN == 0, name
             begin = values[name] + size
         assert begin <= end
-    assert values["scratch"] <= values["arena_floats"] == card.arena_floats
+    assert values["arena_floats"] == card.arena_floats
 
 
 SHAPE = Shape(vocab_size=700, block_size=40, layers=3, heads=3, width=48, ff_width=100)

@@ -23,6 +23,7 @@ sizes = st.builds(
     num_windows=st.integers(0, 300),
     has_squares=st.booleans(),
     packed_bytes=st.integers(0, 10 * PAGE),
+    trains=st.booleans(),
 )
 
 
@@ -33,11 +34,13 @@ def extents(regions):
     counts = dict(
         control=M.CONTROL_LINES * LINE, decision=8 * 8, workers=8 * s.num_spheres * M.WORKER_WORDS,
         spheres=8 * s.num_spheres * M.SPHERE_WORDS, ring=8 * M.RING * M.RECORD_WORDS, rates=8 * M.RING,
-        window_starts=windows, window_lengths=windows, window_losses=windows, norms=8 * s.num_parameters // BLOCK,
+        window_starts=windows, window_lengths=windows, window_firsts=windows, window_losses=windows,
+        window_hits=windows, norms=8 * s.num_parameters // BLOCK,
         updated=8 * s.num_parameters // BLOCK, faults=8 * MOST_FAULTS * M.FAULT_WORDS,
-        errors=s.num_spheres * ERROR_BYTES, slots=4 * s.num_spheres * SLOT_FLOATS, params=flat, moments=flat,
-        squares=flat if s.has_squares else 0, gradient=flat if s.num_spheres > 2 else 0, packed=s.packed_bytes,
-        segments=flat * s.num_spheres,
+        errors=s.num_spheres * ERROR_BYTES, slots=4 * s.num_spheres * SLOT_FLOATS, params=flat,
+        moments=flat if s.trains else 0, squares=flat if s.has_squares else 0,
+        gradient=flat if s.trains and s.num_spheres > 2 else 0, packed=s.packed_bytes,
+        segments=flat * s.num_spheres if s.trains else 0,
     )  # fmt: skip
     return {name: (getattr(regions, name), getattr(regions, name) + count) for name, count in counts.items()}
 
@@ -87,6 +90,13 @@ def test_without_second_moments_no_memory_is_kept_for_them():
     sgd = Sizes(**SMALL.to_dict() | {"has_squares": False})
     assert Regions(SMALL).total - Regions(sgd).total == 4 * SMALL.num_parameters
     assert SharedMemory(sgd).squares.size == 0
+
+
+def test_for_an_evaluation_only_the_weights_are_kept():
+    scored = Sizes(**SMALL.to_dict() | {"has_squares": False, "trains": False})
+    # moments, squares, the sum of the segments of three spheres, and these
+    assert Regions(SMALL).total - Regions(scored).total == 4 * SMALL.num_parameters * 6
+    assert SharedMemory(scored).moments.size == 0
 
 
 def test_the_file_never_appears_in_a_folder():

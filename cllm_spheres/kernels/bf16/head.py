@@ -12,7 +12,7 @@ from numba import types
 
 from cllm_spheres.crystal.functions import exp, log
 from cllm_spheres.crystal.jit import entry, kernel
-from cllm_spheres.kernels.arrays import f4, floats, tokens
+from cllm_spheres.kernels.arrays import f4, floats, integers, tokens
 from cllm_spheres.kernels.bf16.multiply import block_row, product
 from cllm_spheres.kernels.bf16.rows import largest_in_row, softmax_gradient_row, sum_of_exp
 from cllm_spheres.kernels.bf16.sizes import CHUNK
@@ -42,6 +42,20 @@ def _begin(largest_N, sums_N, at_target_N):
         largest_N[n] = _LOWEST
         sums_N[n] = f4(0)
         at_target_N[n] = f4(0)
+
+
+@kernel
+def _find_beaten(logits, stride, first_row, targets_N, first, count, largest_N, beaten_N):
+    """beaten = 1 for rows of which a lower id has no smaller logit than the target, else 0; before `_take_in`."""
+    for r in range(32):
+        n = first_row + r
+        target = targets_N[n] - first
+        if target >= 0 and target < count:
+            row = floats(logits + 4 * stride * r, count)
+            beaten = largest_N[n] >= row[target]
+            for j in range(target):
+                beaten |= row[j] >= row[target]
+            beaten_N[n] = f4(1) if beaten else f4(0)
 
 
 @kernel
@@ -94,27 +108,40 @@ def _finish(targets_N, largest_N, sums_N, at_target_N):
 
 
 @kernel
-def _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept):
-    """As head_loss; the first N of stats are left as the rows' log-sum-exp. kept: room for all logits, or 0."""
+def _sums(x, inner, wte_flipped, vocabulary, targets_N, stats, scratch, kept, beaten_N):
+    """Each row's largest logit, sum of exponentials and logit of the target; beaten_N, where it is not empty."""
     n = targets_N.size
-    largest_N, sums_N, at_target_N = stats_3N[:n], stats_3N[n : 2 * n], stats_3N[2 * n : 3 * n]
+    largest_N, sums_N, at_target_N = stats[:n], stats[n : 2 * n], stats[2 * n : 3 * n]
     _begin(largest_N, sums_N, at_target_N)
     for first in range(0, vocabulary, CHUNK):
         count = min(CHUNK, vocabulary - first)
         for row in range(0, n, 32):
             logits, stride = _place(kept, scratch, row, first, vocabulary)
             _logits(x, row, inner, wte_flipped, first, count, logits, stride)
+            if beaten_N.size > 0:
+                _find_beaten(logits, stride, row, targets_N, first, count, largest_N, beaten_N)
             _take_in(logits, stride, row, targets_N, first, count, largest_N, sums_N, at_target_N)
-    return _finish(targets_N, largest_N, sums_N, at_target_N)
+    return largest_N, sums_N, at_target_N
 
 
-@entry(_d8(*[_i8] * 8))
-def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch):
+@entry(_d8(*[_i8] * 9))
+def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch, correct):
     """Sum of the token losses, float64, of n rows. x: rows form; wte_flipped: flipped form of wte. Addresses.
 
-    targets: int32, -1 for padding rows. stats: 3 n float32 of scratch; scratch: 32 x CHUNK float32.
+    targets: int32, -1 for padding rows. stats: 4 n float32 of scratch; scratch: 32 x CHUNK float32. correct: of an
+    int64, which becomes the number of targets that are the likeliest token; of equal logits the lowest id is it.
     """
-    return _head_loss(x, padded(width), wte_flipped, vocabulary, tokens(targets, n), floats(stats, 3 * n), scratch, 0)
+    targets_N, stats_4N = tokens(targets, n), floats(stats, 4 * n)
+    beaten_N = stats_4N[3 * n :]
+    largest_N, sums_N, at_target_N = _sums(
+        x, padded(width), wte_flipped, vocabulary, targets_N, stats_4N, scratch, 0, beaten_N
+    )
+    count = 0
+    for r in range(n):
+        if targets_N[r] >= 0 and at_target_N[r] == largest_N[r] and beaten_N[r] == f4(0):
+            count += 1
+    integers(correct, 1)[0] = count
+    return _finish(targets_N, largest_N, sums_N, at_target_N)
 
 
 @entry(_d8(*[_i8] * 16, _d8))
@@ -124,11 +151,15 @@ def head_loss_backward(
 ):  # fmt: skip
     """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32.
 
-    x_pairs: pairs form of x; wte_pairs: pairs form of wte. kept: room for n x V float32, V padded, or 0: then logits
-    are computed twice. form, turned: room for n x CHUNK bfloat16 each.
+    stats: 3 n float32. x_pairs: pairs form of x; wte_pairs: pairs form of wte. kept: room for n x V float32, V padded,
+    or 0: then logits are computed twice. form, turned: room for n x CHUNK bfloat16 each.
     """
     inner, targets_N, stats_3N = padded(width), tokens(targets, n), floats(stats, 3 * n)
-    loss = _head_loss(x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept)
+    nobody = stats_3N[:0]
+    largest_N, sums_N, at_target_N = _sums(
+        x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept, nobody
+    )
+    loss = _finish(targets_N, largest_N, sums_N, at_target_N)  # the first n of stats are the log-sum-exps now
     strip = padded(vocabulary) // 32 * TILE
     for first in range(0, vocabulary, CHUNK):
         count = min(CHUNK, vocabulary - first)

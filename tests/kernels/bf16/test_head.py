@@ -37,13 +37,17 @@ class Head:
         return loss, dlogits, dlogits @ wte, dlogits.T @ x
 
     def loss(self):
-        stats, scratch = np.full(3 * self.n, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
-        x, wte = form_of("rows", self.x), form_of("flipped", self.wte)
+        return self.loss_and_correct()[0]
+
+    def loss_and_correct(self):
+        stats, scratch = np.full(4 * self.n, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
+        x, wte, correct = form_of("rows", self.x), form_of("flipped", self.wte), np.array([-1], np.int64)
         with tiles():
-            return head.head_loss.call(
+            loss = head.head_loss.call(
                 x.ctypes.data, self.c, wte.ctypes.data, self.v, self.n, self.targets.ctypes.data, stats.ctypes.data,
-                scratch.ctypes.data,
+                scratch.ctypes.data, correct.ctypes.data,
             )  # fmt: skip
+        return loss, correct[0]
 
     def backward(self, dx, dwte, accumulate, scale, keep=False):
         stats, scratch = np.full(3 * self.n, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
@@ -65,6 +69,15 @@ def test_the_loss_equals_its_twin(n, c, v, rng):
     one = Head(rng, n, c, v)
     # Logits up to ~30 in float32 are known to ~1e-6 each, and so is each row's logarithm.
     assert abs(one.loss() - one.expected()[0]) < 1e-5 * n
+
+
+@pytest.mark.parametrize(("n", "c", "v"), SIZES)
+def test_of_equal_logits_the_lowest_id_is_the_likeliest(n, c, v, rng):
+    one = Head(rng, n, c, v)
+    one.x, one.wte = rng.integers(-1, 2, (n, c)).astype(np.float32), rng.integers(-1, 2, (v, c)).astype(np.float32)
+    likeliest = (one.x @ one.wte.T).argmax(1)  # small whole numbers: exact, and often equal
+    one.targets = np.where(one.real & (rng.random(n) < 0.7), likeliest, one.targets).astype(np.int32)
+    assert one.loss_and_correct()[1] == (likeliest == one.targets).sum() > 0
 
 
 @pytest.mark.parametrize("accumulate", [0, 1])
