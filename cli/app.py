@@ -11,6 +11,7 @@ import typer
 from cllm_spheres_cli.bench import bench
 from cllm_spheres_cli.data import data
 from cllm_spheres_cli.doctor import doctor
+from cllm_spheres_cli.eval import evaluate
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.scale import scale
@@ -48,6 +49,7 @@ def _options(
 app.command(cls=TrainCommand)(train)
 for command in (scale, watch, generate, prepare, data, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 
 

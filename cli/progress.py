@@ -1,4 +1,4 @@
-"""Progress of preparing -> a bar with the time left on a terminal, else a few plain lines; and signals."""
+"""Progress of long work -> a bar with the time left on a terminal, else a few plain lines; and signals."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from cllm_spheres.errors import Interrupted
 if TYPE_CHECKING:
     from rich.console import Console
 
-_NAMES = {"read": "Reading", "vocabulary": "Making the vocabulary", "tokens": "Encoding"}
+_NAMES = {"read": "Reading", "vocabulary": "Making the vocabulary", "tokens": "Encoding", "score": "Evaluating"}
+_IN_TOKENS = ("score",)  # stages that are not counted in bytes
 _PLAIN_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
 def progress_of(console: Console) -> Iterator[Callable[[str, float, float], None]]:
-    """A callback (stage, done bytes, total bytes) that shows how far preparing is."""
+    """A callback (stage, done, total) that shows how far it is; in bytes, or in tokens for some stages."""
     if not console.is_terminal:
         yield _Plain(console)
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    amount = TextColumn("{task.fields[amount]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: float, total: float) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(_NAMES.get(stage, stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(_NAMES.get(stage, stage), total=total, amount="")
+            bars.update(tasks[stage], completed=done, total=total, amount=_amount(stage, done, total))
 
         yield show
+
+
+def _amount(stage: str, done: float | None, total: float) -> str:
+    """ "1.2 of 3.4 MB", "12 of 34 tokens" """
+    form, unit = (",.0f", "tokens") if stage in _IN_TOKENS else (",.1f", "MB")
+    numbers = [number if stage in _IN_TOKENS else number / 1e6 for number in (done, total) if number is not None]
+    return f"{' of '.join(format(number, form) for number in numbers)} {unit}"
 
 
 class _Plain:
@@ -50,7 +59,7 @@ class _Plain:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._begin, self._last = stage, now, now
-            self._say(f"{_NAMES.get(stage, stage)}: {total / 1e6:,.1f} MB")
+            self._say(f"{_NAMES.get(stage, stage)}: {_amount(stage, None, total)}")
         elif now - self._last >= _PLAIN_EVERY_S and 0 < done < total:
             self._last = now
             left_s = (now - self._begin) * (total - done) / done

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cllm_spheres.errors import InputError, Interrupted, NonFinite, RunFailed, SphereLost, SpheresError
 
 if TYPE_CHECKING:
-    from cllm_spheres.api import Model, Run, load, train
+    from cllm_spheres.api import Model, Run, Score, evaluate, load, train
 
 try:
     __version__ = version("cllm-spheres")
@@ -23,12 +23,14 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0"
 
 __all__ = [
-    "InputError", "Interrupted", "Model", "NonFinite", "Run", "RunFailed", "SphereLost", "SpheresError",
-    "load", "train",
+    "InputError", "Interrupted", "Model", "NonFinite", "Run", "RunFailed", "Score", "SphereLost", "SpheresError",
+    "evaluate", "load", "train",
 ]  # fmt: skip
 _LAZY = (
     "Model",
     "Run",
+    "Score",
+    "evaluate",
     "load",
     "train",
 )  # numba and all the rest are imported when one of these is first used

@@ -1,4 +1,4 @@
-"""The library: `train`, `load`. Imported when first used."""
+"""The library: `train`, `load`, `evaluate`. Imported when first used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cllm_spheres.errors import InputError, Interrupted, RunFailed
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.training import session
 from cllm_spheres.training.launch import Launch, signals_passed_on
+from cllm_spheres.training.score import Score, score
 
-__all__ = ["Model", "Run", "load", "train"]
+__all__ = ["Model", "Run", "Score", "evaluate", "load", "train"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Run:
         if kind in ("step", "eval"):
             return list({record["step"]: record for record in records if type(record.get("step")) is int}.values())
         return records
+
+    def evaluate(self, data: str | Path | None = None, **options: Any) -> Score:
+        """What the trained model says of a text, or of its validation part: see `cllm_spheres.evaluate`."""
+        return evaluate(self.path, data, **options)
 
     def load(self, checkpoint: str | int | None = None) -> Model:
         """The trained model: its best checkpoint, or "last", or a step."""
@@ -79,6 +84,33 @@ def train(
     if not quiet:
         print(message)
     return Run(plan.run)
+
+
+def evaluate(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    checkpoint: str | int | None = None,
+    stride: int | None = None,
+    block_size: int | None = None,
+    workers: int | None = None,
+    dtype: str = "auto",
+    max_tokens: int | None = None,
+) -> Score:
+    """Loss, perplexity, bits per byte and accuracy of a run's model, as `cllm-spheres eval` finds them.
+
+    data: a file or folder of text, or a prepared folder, of which the validation part is taken; None: that of the
+    run's own data. checkpoint: "best", "last" or a step. Windows of block_size tokens (None: the model's) begin
+    `stride` tokens apart (None: half of that); each token but the first is scored once. workers: None is a worker a
+    core; their number changes no bit. dtype: "fp32", "bf16", or "auto", that of the training. max_tokens: at the
+    beginning of the text, None is all. The first call on a machine compiles the kernels.
+
+    Raises InputError for bad input, RunFailed where the workers cannot do it.
+    """
+    return score(
+        Path(run), _path(data), checkpoint=checkpoint, stride=stride, block_size=block_size, workers=workers,
+        dtype=dtype, max_tokens=max_tokens,
+    )  # fmt: skip
 
 
 def _path(path: str | Path | None) -> Path | None:

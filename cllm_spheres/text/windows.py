@@ -1,4 +1,4 @@
-"""The validation part -> the pinned windows of an evaluation: arithmetic without kernels."""
+"""A text's number of tokens -> the windows of an evaluation, pinned or sliding: arithmetic without kernels."""
 
 from __future__ import annotations
 
@@ -19,3 +19,22 @@ def evaluation_windows(num_tokens: int, block_size: int, eval_tokens: int) -> tu
     whole = predictable // block_size
     starts = (np.arange(count, dtype=np.int64) * whole // count) * block_size
     return starts, np.full(count, block_size, np.int64)
+
+
+def num_sliding_windows(predictable: int, block_size: int, stride: int) -> int:
+    """How many windows score each of so many predictable tokens (one less than the text has) once."""
+    return 1 + max(0, -(-(predictable - block_size) // stride))
+
+
+def sliding_windows(
+    predictable: int, block_size: int, stride: int, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows first..last: (starts, lengths, first scored rows; int64). 1 <= stride <= block_size.
+
+    Each begins `stride` tokens after the one before, and scores what that has not reached: at least
+    block_size - stride tokens of context stand before a scored row, except in the first window.
+    """
+    numbers = np.arange(first, last, dtype=np.int64)
+    starts = numbers * stride
+    lengths = np.minimum(block_size, predictable - starts)
+    return starts, lengths, np.where(numbers > 0, block_size - stride, 0)

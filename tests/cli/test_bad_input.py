@@ -98,6 +98,27 @@ CASES = {
     "long name to watch": ("watch " + "x" * 300, ["File name too long"]),
     "long name of data": ("data " + "x" * 300, ["File name too long"]),
     "never-ending configuration": ("train {corpus} --config /dev/zero", ["/dev/zero is not a configuration"]),
+    "evaluate nothing": ("eval {run}x", ["There is no run {run}x", "did you mean 'run'?"]),
+    "evaluate no checkpoint": ("eval no-checkpoint", ["The run no-checkpoint has no checkpoints yet"]),
+    "evaluate no step": ("eval {run} --checkpoint 99", ["no checkpoint of step 99"]),
+    "evaluate damage": ("eval damaged-run", ["is damaged: model.safetensors"]),
+    "evaluate no text": ("eval {run} nothing.txt", ["No text found in nothing.txt: 1 empty"]),
+    "evaluate one token": ("eval {run} one.txt", ["one.txt has 1 token, and 2 are needed to predict one"]),
+    "evaluate a missing text": ("eval {run} shrot.txt", ["There is no shrot.txt. In .: did you mean 'short.txt'?"]),
+    "evaluate no folder": ("eval {run} nowhere/at/all", ["Cannot read nowhere/at/all: No such file"]),
+    "evaluate damaged data": ("eval {run} damaged", ["The prepared folder damaged is damaged: train.bin has"]),
+    "evaluate other tokens": ("eval {run} characters", ["characters was prepared with another tokenizer: char with"]),
+    "evaluate with no stride": ("eval {run} text.txt --stride 0", ["--stride 0: give 1 to 8, the window"]),
+    "evaluate with a long stride": (
+        "eval {run} text.txt --block-size 5 --stride 6", ["--stride 6: give 1 to 5, the window"],
+    ),
+    "evaluate long windows": ("eval {run} text.txt --block-size 9", ["--block-size 9: give 1 to 8, the model's block"]),
+    "evaluate with nobody": ("eval {run} text.txt --workers 0", ["--workers 0: give 1 to 156"]),
+    "evaluate with too many": ("eval {run} text.txt --workers 157", ["--workers 157: give 1 to 156"]),
+    "evaluate no tokens": ("eval {run} text.txt --max-tokens 0", ["--max-tokens 0: give 1 or more"]),
+    "evaluate in no dtype": ("eval {run} text.txt --dtype fp8", ["--dtype cannot be 'fp8'", "fp32"]),
+    "evaluate a long name": ("eval {run} " + "x" * 300, ["File name too long"]),
+    "evaluate a run of a long name": ("eval " + "x" * 300, ["File name too long"]),
     "watch nothing": ("watch nowhere", ["nowhere does not exist"]),
     "doctor of no preset": ("doctor --preset smal", ["There is no preset 'smal': did you mean 'small'?"]),
     "doctor of too many": ("doctor --workers 5 --spheres 4", ["5 workers are more than --spheres 4"]),
@@ -117,18 +138,23 @@ def place(corpus, trained, tmp_path_factory):
     (place / "short.txt").write_text("short")
     (place / "empty.txt").write_text("\n \n")
     (place / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n')
+    (place / "one.txt").write_text("1")
+    (place / "nothing.txt").write_text("")
     (place / "key.toml").write_text("lrate = 1\n")
     (place / "broken.toml").write_text("lr = \n")
     for name in ("other", "damaged"):
         shutil.copytree(corpus, place / name)
     shutil.rmtree(place / "other")
     assert command("prepare", place / "text.txt", "--tokenizer", "byte", "--out", place / "other").returncode == 0
+    prepared = command("prepare", place / "text.txt", "--tokenizer", "char", "--out", place / "characters")
+    assert prepared.returncode == 0
     with (place / "damaged" / "train.bin").open("r+b") as file:
         file.truncate(1000)
     shutil.copytree(trained, place / "damaged-run", symlinks=True)
     for path in (place / "damaged-run" / "checkpoints").glob("step-*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     shutil.copytree(trained, place / "damaged-config", symlinks=True)
+    shutil.copytree(trained, place / "no-checkpoint", ignore=shutil.ignore_patterns("checkpoints"))
     config = place / "damaged-config" / "config.toml"
     config.write_text(config.read_text().replace("layers = 1", "layers = 0"))
     # a folder that nobody may write to; root may write everywhere but to a file system that is mounted read-only
