@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check faults install
+.PHONY: train test check faults install harness
 
 train: .venv/installed
 	$(BIN)/cllm-spheres train --preset small --steps 1500
@@ -22,6 +22,16 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" --timeout 120
+
+# What lm-evaluation-harness says of a run behind our server: make harness RUN=runs/NAME. It takes about 1 GB of disk.
+harness: .venv/installed .venv-harness/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[web]'
+	$(BIN)/python -m cllm_spheres_bench.harness $(RUN) --python .venv-harness/bin/python
+
+.venv-harness/installed:
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install --quiet --disable-pip-version-check 'lm-eval[api]==0.4.13' 'transformers>=5,<6'
+	@touch $@
 
 install: .venv/installed
 
