@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cllm_spheres.checkpoint.checkpoint import STATE, Checkpoint
+from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint.shape import shape_of
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.errors import InputError, nearest, shown
+from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.inference.beam import Beam, beam_search
 from cllm_spheres.inference.many import MOST_AT_ONCE, Written, write_all
 from cllm_spheres.inference.options import options_of
@@ -183,36 +183,13 @@ def load(run: str | Path, checkpoint: str | int | None = None) -> Model:
         raise InputError(f"There is no run {run}." + (f" In {run.parent}: {nearest(run.name, known)}" if known else ""))
     saved: Checkpoint = Store(run).load(checkpoint, optimizer=False)
     try:
-        shape = _shape_of(saved)
+        shape = shape_of(saved)
         tokenizer = load_tokenizer(saved.tokenizer_path)
         if tokenizer.vocab_size != shape.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
         return Model(shape, tokenizer, saved.model)
     except ValueError as error:
         raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
-
-
-def _shape_of(saved: Checkpoint) -> Shape:
-    """The shape that the state names. ValueError where it is none, or not that of the tensors: before any memory is
-    taken for it.
-    """
-    sizes = saved.state.get("layout")
-    if not isinstance(sizes, dict) or sizes.keys() != {field.name for field in fields(Shape)}:
-        raise ValueError(f"{STATE} has layout {shown(sizes)}")
-    for name, value in sizes.items():
-        if type(value) is not (bool if name == "bias" else int) or (name != "bias" and value < 1):
-            raise ValueError(f"{STATE} has {name} {shown(value)}")
-    shape = Shape(**sizes)
-    if shape.width % shape.heads:
-        raise ValueError(f"{STATE} has {shape.heads} heads for a width of {shape.width}")
-    if shape.layers > len(saved.model):
-        raise ValueError(f"{STATE} has {shape.layers} layers, the model {len(saved.model)} tensors")
-    for tensor in Layout(shape).tensors:
-        found = saved.model.get(tensor.name)
-        if found is None or found.shape != tensor.shape:
-            is_there = "is missing" if found is None else f"has shape {found.shape}"
-            raise ValueError(f"{tensor.name} {is_there}, expected {tensor.shape}")
-    return shape
 
 
 def newest_run(folder: Path) -> Path:
