@@ -31,6 +31,7 @@ from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.reading import is_json_lines
 from cllm_spheres.text.split import split_documents
 from cllm_spheres.text.spool import Part, read_index
+from cllm_spheres.text.tokenizer import load_tokenizer
 from cllm_spheres.text.vocabulary import check_vocabulary, make_tokenizer
 from cllm_spheres.text.work import Task, forget, save_part
 
@@ -53,6 +54,7 @@ class Settings:
     vocab_size: int | None = None
     val_fraction: float = 0.1
     exact: bool = True  # a vocab_size that the text cannot give is an error; else the most it gives is taken
+    given: bytes | None = None  # a tokenizer.json to take instead of making one
 
     def check(self) -> None:
         """InputError where these settings cannot work with any text."""
@@ -70,14 +72,16 @@ def prepare(
     val_fraction: float = 0.1,
     processes: int | None = None,
     progress: Progress | None = None,
+    given: bytes | None = None,
 ) -> Prepared:
     """Prepare files and folders of text (None: the embedded corpus) into the folder `out`.
 
     `vocab_size` is for bpe (default 1024, or what the text gives) and word (default: all, at most 65,536).
+    given: a tokenizer.json, instead of `tokenizer` and `vocab_size`.
     `processes` defaults to the usable cores; it does not change a byte. Needs free disk of about the text
     plus its tokens. InputError for bad input; whatever happens, `out` is either untouched or whole.
     """
-    settings = Settings(tokenizer, vocab_size, val_fraction)
+    settings = Settings(tokenizer, vocab_size, val_fraction, given=given)
     settings.check()
     if isinstance(paths, str | Path):
         paths = [paths]
@@ -149,10 +153,15 @@ class _Preparation:
         for name, part in parts.items():
             save_part(self.work, name, part)
         ranges = {name: list(_units(part)) for name, part in parts.items()}
-        tokenizer, notes = make_tokenizer(
-            settings.tokenizer, settings.vocab_size, settings.exact, self.work, train, ranges, self.run_tasks
-        )
-        tokenizer.save(self.temporary / "tokenizer.json")
+        if settings.given is not None:
+            (self.temporary / "tokenizer.json").write_bytes(settings.given)
+            tokenizer = load_tokenizer(self.temporary / "tokenizer.json")
+            notes: list[str] = []
+        else:
+            tokenizer, notes = make_tokenizer(
+                settings.tokenizer, settings.vocab_size, settings.exact, self.work, train, ranges, self.run_tasks
+            )
+            tokenizer.save(self.temporary / "tokenizer.json")
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         self.total, self.done = sum(part.high - part.low for part in parts.values()), 0
         counts = {name: self.encode(name, part, ranges[name], dtype) for name, part in parts.items()}
@@ -241,8 +250,10 @@ class _Preparation:
             yield result
 
     def results(self, tasks: list[Task], report: Report | None = None) -> Iterator[Task]:
-        """Results in order; OSError where a worker met one."""
+        """Results in order; OSError where a worker met one, InputError where a given tokenizer lacks a character."""
         for result in self.pool.map(tasks, report):
+            if "refused" in result:
+                raise InputError(result["refused"])
             if "error" in result:
                 raise OSError(result["errno"], result["error"])
             yield result

@@ -213,9 +213,11 @@ def prepare_cached(
     val_fraction: float = 0.1,
     exact: bool = True,
     progress: Callable[[str, float, float], None] | None = None,
+    given: bytes | None = None,
 ) -> Prepared:
     """The prepared form of some text, made only once: what `train PATH` calls.
 
+    given: a tokenizer.json, instead of `tokenizer` and `vocab_size`.
     A prepared folder is opened as it is. Raw text (None: the embedded corpus) is prepared into the cache
     under a hash of its contents and the settings; a second key of paths, sizes and times saves reading it
     again. Several processes may do this at the same time. InputError for bad input and where the cache
@@ -229,7 +231,7 @@ def prepare_cached(
         source_paths = [source_paths]
     if source_paths is not None and len(source_paths) == 1 and folders.is_prepared(Path(source_paths[0])):
         return Prepared.open(source_paths[0])
-    settings = Settings(tokenizer, vocab_size, val_fraction, exact)
+    settings = Settings(tokenizer, vocab_size, val_fraction, exact, given)
     settings.check()
     files = embedded_files() if source_paths is None else list_files(source_paths)
     sources = [embedded_name()] if source_paths is None else list(map(str, source_paths))
@@ -293,6 +295,7 @@ def _settings_hash(settings: Settings) -> Any:
         settings.exact,
         settings.val_fraction,
         tokenizers.__version__,
+        *([] if settings.given is None else [settings.given.decode()]),
     ]
     return hashlib.sha256(json.dumps(parts).encode())
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cllm_spheres.errors import InputError
 from cllm_spheres.text.reading import read_file
 from cllm_spheres.text.spool import ROW, Part, SpoolReader, SpoolWriter
 from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -25,9 +26,11 @@ Report = Callable[[int], None]  # bytes done within a long task
 
 
 def run_task(task: Task, report: Report = lambda done: None) -> Task:
-    """Run one task; a failure on purpose is a result with "error"."""
+    """Run one task; a failure on purpose is a result with "error" or "refused"."""
     try:
         return _TASKS[task["do"]](task, report)
+    except InputError as error:  # a tokenizer from elsewhere that lacks a character of this text
+        return {"refused": str(error)}
     except OSError as error:
         return {"error": error.strerror or str(error), "errno": error.errno, "file": error.filename}
 
