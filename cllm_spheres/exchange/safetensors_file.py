@@ -61,10 +61,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait for its writer
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a file.")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is not a file.")
         size = status.st_size
         if size < 8:
             raise _damaged(path, f"it has {size} bytes, and its header's length alone takes 8")
@@ -96,7 +97,7 @@ def _entry(path: Path, name: str, record: object, start: int, room: int) -> Entr
     if not isinstance(record, dict):
         raise _damaged(path, f"{shown(name)} has no dtype, shape and data_offsets")
     dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:
         raise _damaged(path, f"{shown(name)} has dtype {shown(dtype)}; known are {', '.join(_BYTES)}")
     if not _are_counts(shape):
         raise _damaged(path, f"{shown(name)} has shape {shown(shape)}")

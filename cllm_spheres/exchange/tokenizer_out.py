@@ -57,14 +57,18 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         split = _split(ANY_CHARACTER, "Isolated")
         return _record(eot, tokenizer.eot, split, {"type": "Fuse"}, _words(vocab, "no character is unknown"))
     assert isinstance(tokenizer, WordTokenizer)
-    unknown = _free(WordTokenizer.UNKNOWN, tokenizer.words)
+    unknown, decoder = WordTokenizer.UNKNOWN, None
+    if unknown in tokenizer.words:  # a text spelled it: the unknown word needs another name, which no word can have
+        unknown = "\t" + unknown
+        back = {"type": "Replace", "pattern": {"String": unknown}, "content": WordTokenizer.UNKNOWN}
+        decoder = {"type": "Sequence", "decoders": [back, {"type": "WordPiece", "prefix": "\n", "cleanup": False}]}
     _check_utf8("".join(tokenizer.words))
     vocab = {word: i for i, word in enumerate(tokenizer.words)} | {unknown: tokenizer.unknown}
     if len(vocab) != tokenizer.eot:
         raise InputError(
             "The word vocabulary has a word twice, which no tokenizer.json can hold. Prepare the text anew."
         )
-    return _record(eot, tokenizer.eot, _split(WHITE_SPACE, "Removed"), None, _words(vocab, unknown))
+    return _record(eot, tokenizer.eot, _split(WHITE_SPACE, "Removed"), decoder, _words(vocab, unknown))
 
 
 def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict[str, Any]:
