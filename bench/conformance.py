@@ -180,7 +180,8 @@ def _llama(kind: str, dtype: str, file: Path, model: cs.Model, texts: list[str],
     llama = Llama(library, file, model.shape.block_size)
     if dtype == "f32":
         assigned, others = [], []  # which new characters are letters, each library's tables know or not
-        for text in texts:
+        known = ["".join(c for c in text if not _is_unassigned(c)) for text in texts]
+        for text in dict.fromkeys(texts + known):
             if "\0" not in text:
                 try:
                     equal = llama.tokenize(text) == model.tokenizer.encode(text)
