@@ -100,7 +100,7 @@ def _check(record: dict[str, Any], where: Path) -> None:
         )
     model["unk_token"] = None  # nothing is unknown where every byte has a token
     added = record.get("added_tokens")
-    if not isinstance(added, list) or not all(isinstance(a, dict) and isinstance(a.get("content"), str) for a in added):
+    if not isinstance(added, list) or not all(map(_is_added, added)):
         raise InputError(f"{where} has added_tokens {shown(added)}.")
     if plain := [a["content"] for a in added if a.get("special") is not True]:
         raise InputError(
@@ -110,9 +110,13 @@ def _check(record: dict[str, Any], where: Path) -> None:
     if EOT not in (a["content"] for a in added):
         names = _names([a["content"] for a in added]) or "none"
         raise InputError(f"{where} has no special token {EOT} to end a text with; its special tokens: {names}.")
-    ids = sorted({**vocab, **{a["content"]: a.get("id") for a in added}}.values(), key=str)
+    ids = sorted({**vocab, **{a["content"]: a["id"] for a in added}}.values())
     if set(ids) != set(range(len(ids))):
         raise InputError(f"{where} has {len(ids):,} tokens whose ids are not 0 to {len(ids) - 1:,}, each once.")
+
+
+def _is_added(token: object) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
 
 
 def _names(names: list[str]) -> str:

@@ -104,7 +104,9 @@ def _files(folder: Path) -> list[Path]:
         record = json.loads(read_regular(index, INDEX_BYTES))
         names = record["weight_map"].values()
         files = sorted(set(names))
-        if not files or not all(isinstance(name, str) and name and Path(name).name == name for name in files):
+        if not files or not all(
+            isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name for name in files
+        ):
             raise ValueError(f"it names {shown(files)}")
     except OSError as error:
         raise InputError(f"Cannot read {index}: {error.strerror}.") from None
