@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cllm_spheres.checkpoint.checkpoint import MODEL, TOKENIZER, Checkpoint
+from cllm_spheres.checkpoint.checkpoint import MODEL, STATE, TOKENIZER, Checkpoint
 from cllm_spheres.checkpoint.files import MANIFEST, read_manifest
 from cllm_spheres.checkpoint.shape import shape_of
 from cllm_spheres.checkpoint.store import Store, Which
@@ -68,7 +68,7 @@ def open_source(path: Path, which: Which = None) -> Source:
             raise InputError(f"There is no run and no model folder {path}.{hint}")
         is_run, is_checkpoint = (
             (path / "checkpoints").is_dir(),
-            (path / MANIFEST).is_file() and (path / MODEL).is_file(),
+            (path / MANIFEST).is_file() and (path / STATE).is_file(),
         )
         is_model = (path / CONFIG).is_file()
     except OSError as error:
