@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check faults install harness
+.PHONY: train test check faults conformance harness install
 
 train: .venv/installed
 	$(BIN)/cllm-spheres train --preset small --steps 1500
@@ -16,6 +16,11 @@ faults: .venv/installed-dev
 	CLLM_FAULTS=whole $(BIN)/python -m pytest -s --timeout 7200 tests/faults tests/checkpoint tests/training/test_start.py
 	$(BIN)/cllm-spheres bench faults --kills 200
 	$(BIN)/cllm-spheres bench faults --minutes 30 --workers 7 --preset tiny
+
+# Export and import against transformers and llama.cpp, with the golden files of the tests made anew. Two minutes, and
+# a virtual environment of its own for what nothing else needs.
+conformance: .venv-conformance/installed
+	.venv-conformance/bin/python -m cllm_spheres_bench.conformance --llama .venv-conformance/llama --golden tests/golden
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -43,4 +48,11 @@ install: .venv/installed
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv-conformance/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[conformance]'
+	mkdir -p .venv-conformance/llama
+	cd .venv-conformance/llama && tar xzf "$$(npm pack --silent @node-llama-cpp/linux-x64@3.22.0)"
 	@touch $@

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 from cllm_spheres_cli.bench import bench
+from cllm_spheres_cli.chat import chat
 from cllm_spheres_cli.data import data
 from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.eval import evaluate
+from cllm_spheres_cli.export import export
 from cllm_spheres_cli.generate import generate
+from cllm_spheres_cli.import_ import import_
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.scale import scale
 from cllm_spheres_cli.train import TrainCommand, train
@@ -47,9 +50,10 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, generate, prepare, data, doctor):
+for command in (scale, watch, generate, chat, export, prepare, data, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command("import")(import_)
 app.add_typer(bench, name="bench")
 
 

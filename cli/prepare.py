@@ -17,10 +17,16 @@ def prepare(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write; a prepared folder there is replaced.")] = ...,  # type: ignore[assignment]
-    tokenizer: Annotated[str, typer.Option(help="byte, char, word or bpe.")] = "bpe",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="byte, char, word or bpe. Default: bpe.", show_default=False)
+    ] = None,
     vocab_size: Annotated[
         int | None,
         typer.Option(help="Vocabulary of bpe (default 1024) or word (default: every word, at most 65,536)."),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take the tokenizer of a run, or of a folder of Hugging Face's.", metavar="FOLDER"),
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the text kept for validation.")] = 0.1,
     processes: Annotated[
@@ -39,16 +45,26 @@ def prepare(
     from cllm_spheres.text.files import describe_skipped
     from cllm_spheres.text.prepare import prepare as prepare_text
 
+    given = None
+    if from_ is not None:
+        from cllm_spheres.errors import InputError
+        from cllm_spheres.exchange.source import open_source
+
+        if tokenizer is not None or vocab_size is not None:
+            raise InputError("--from takes the tokenizer as it is: leave --tokenizer and --vocab-size out.")
+        source = open_source(from_)
+        given, tokenizer, vocab_size = source.tokenizer_json, source.tokenizer.kind, source.tokenizer.vocab_size
     console = Console()
     with interruptible("Nothing was written."), progress_of(console) as progress:
         prepared = prepare_text(
             paths or None,
             out,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer or "bpe",
             vocab_size=vocab_size,
             val_fraction=val_fraction,
             processes=processes,
             progress=progress,
+            given=given,
         )
     manifest = prepared.manifest
     console.print(

@@ -73,6 +73,14 @@ def train(
     ] = None,
     *,
     run: Annotated[Path | None, typer.Option(help="The folder of the run. Default: a new one in runs/.")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with the weights, the shape and the tokenizer of a run, or of a folder of Hugging Face's.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -111,7 +119,7 @@ def train(
     """
     from cllm_spheres.training.launch import Launch
 
-    with Launch(None if resume or resume_auto else options) as launch:
+    with Launch(None if resume or resume_auto or from_ else options) as launch:
         from cllm_spheres_cli.progress import interruptible, progress_of
         from rich.console import Console
 
@@ -122,7 +130,7 @@ def train(
         with interruptible("Nothing was trained."), progress_of(Console(stderr=True)) as progress:
             plan, finished = session.make_plan(
                 data, given, run=run, resume="auto" if resume_auto else resume, exact=exact, file=config, faults=fault,
-                progress=progress,
+                progress=progress, start_from=from_,
             )  # fmt: skip
         if finished:
             print(finished)

@@ -40,6 +40,16 @@ class Run:
         """The trained model: its best checkpoint, or "last", or a step."""
         return load(self.path, checkpoint)
 
+    def export(
+        self, to: str, target: str | Path, *, dtype: str = "f32", checkpoint: str | int | None = None,
+        force: bool = False,
+    ) -> Path:  # fmt: skip
+        """Write the model for another tool, as `cllm-spheres export` does: to "hf", a folder, or "gguf", a file."""
+        from cllm_spheres.exchange.export import export
+
+        export(self.path, to, Path(target), dtype=dtype, which=checkpoint, force=force)
+        return Path(target)
+
 
 def train(
     data: str | Path | None = None,
@@ -50,6 +60,7 @@ def train(
     faults: Sequence[str] = (),
     profile: bool = False,
     config: str | Path | None = None,
+    start_from: str | Path | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> Run:
@@ -59,14 +70,16 @@ def train(
     `cllm_spheres.config.Config`, such as preset, steps, workers. exact: refuse to resume where other library
     versions or another CPU may change bits. resume: "auto" begins the run where
     there is none yet. faults: PHASE:STEP:SPHERE:ACTION each, to see the run survive them. profile: trace a step into
-    profile.md and profile.json in the run's folder. quiet: print no lines.
+    profile.md and profile.json in the run's folder. start_from: a run or a folder of Hugging Face's, whose weights,
+    shape and tokenizer the run begins with. quiet: print no lines.
 
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
-    with Launch(None if resume else options) as launch:
+    with Launch(None if resume or start_from else options) as launch:
         plan, finished = session.make_plan(
-            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config), faults=list(faults)
+            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config), faults=list(faults),
+            start_from=_path(start_from),
         )  # fmt: skip
         if finished:
             code, message = 0, finished

@@ -21,7 +21,9 @@ MAX_STEPS = 10**9
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**20  # far above what trains on a CPU; sizes of them fit 64 bits
 MOST_LINES = 8  # of one message
 MAX_TOML_BYTES = 1 << 20  # a real one has about 5,000
-DATA_KEYS = ("data", "data_fingerprint", "text")  # of a run's own config.toml: what it was trained on
+# Of a run's own config.toml: what it was trained on, and the model that it began from.
+ORIGIN_KEYS = ("text", "from", "from_fingerprint")
+DATA_KEYS = ("data", "data_fingerprint", *ORIGIN_KEYS)
 
 
 class Config(BaseModel):

@@ -12,6 +12,7 @@ import pytest
 
 import cllm_spheres as cs
 from cllm_spheres.errors import InputError, RunFailed
+from tests.exchange.models import GOLDEN
 from tests.naive import naive_logits, naive_loss_and_gradients
 from tests.runs import TINY, corpus, text  # noqa: F401
 
@@ -209,3 +210,16 @@ def test_nothing_is_left_running(run):
 def test_records_without_a_step_are_left_out_of_the_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind":"step"}\n{"kind":"step","step":[]}\n{"kind":"step","step":1}\n')
     assert cs.Run(tmp_path).metrics() == [{"kind": "step", "step": 1}]
+
+
+def test_a_model_from_elsewhere_is_trained_further_and_exported(tmp_path):
+    (tmp_path / "book.txt").write_text(text(60))
+    options = dict(steps=2, spheres=2, batch_size=2, workers=1, quiet=True)
+    run = cs.train(tmp_path / "book.txt", run=tmp_path / "run", start_from=GOLDEN / "plain", **options)
+    assert run.load(0).shape.width == 16 and run.metrics()[-1]["step"] == 2
+    assert run.export("hf", tmp_path / "hf", checkpoint="last") == tmp_path / "hf"
+    with pytest.raises(cs.InputError, match="--force"):
+        run.export("hf", tmp_path / "hf")
+    run.export("hf", tmp_path / "hf", dtype="bf16", force=True)
+    again = cs.train(tmp_path / "book.txt", run=tmp_path / "again", start_from=str(tmp_path / "hf"), **options)
+    assert again.load(0).tokenizer.encode("The") == run.load().tokenizer.encode("The")

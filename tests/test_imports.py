@@ -19,6 +19,7 @@ LEVELS = [
     {"kernels"},
     {"model"},
     {"checkpoint"},
+    {"exchange"},
     {"spheres"},
     {"training"},
     {"doctor"},
@@ -33,7 +34,7 @@ WITHIN_A_LEVEL = {
     ("config", "errors"), ("faults", "errors"), ("limits", "errors"), ("limits", "machine"), ("limits", "units"),
     ("machine", "errors"), ("text", "crystal"), ("__init__", "api"), ("__main__", "api"),
 }  # fmt: skip
-HEAVY = ("numba", "llvmlite", "rich", "typer", "pydantic", "tokenizers", "scipy_openblas32", "psutil")
+HEAVY = ("numba", "llvmlite", "rich", "typer", "pydantic", "tokenizers", "scipy_openblas32", "psutil", "gguf")
 
 
 def part_of(path):

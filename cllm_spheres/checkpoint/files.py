@@ -44,7 +44,7 @@ class Damaged(InputError):
 
 
 class NewFolder:
-    """A folder in the making. Exactly one of `publish` and `discard` ends it."""
+    """A folder in the making. Exactly one of `publish`, `place` and `discard` ends it."""
 
     def __init__(self, parent: Path, disk: Disk) -> None:
         self.disk = disk
@@ -77,6 +77,10 @@ class NewFolder:
         """Write the manifest and give the folder its name; what had that name before is removed."""
         content = {"format": FORMAT, "step": step, "files": dict(sorted(self.files.items()))}
         self.write(MANIFEST, [memoryview(seal(content))])
+        self.place(target)
+
+    def place(self, target: Path) -> None:
+        """Give the folder its name as it is; what had that name before is removed."""
         self.disk.sync_folder(self.path)
         if not target.exists():
             self.disk.rename(self.path, target)

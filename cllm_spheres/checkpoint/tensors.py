@@ -21,7 +21,6 @@ DTYPES = {
     "uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32", "int32": "I32",
     "uint16": "U16", "int16": "I16", "int8": "I8", "uint8": "U8",
 }  # fmt: skip
-_ORDER = list(DTYPES)
 METADATA = {"format": "pt"}  # Hugging Face's loader insists on it
 
 
@@ -31,16 +30,18 @@ class File:
     Arrays of any shape, in native order. One that is not C-contiguous is copied when its turn comes.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], spelled: Mapping[str, str] = DTYPES) -> None:
+        """spelled: numpy's dtype -> the file's, for those that the arrays may have."""
         for name, array in arrays.items():
-            if array.dtype.name not in DTYPES or not array.dtype.isnative:
-                raise ValueError(f"Tensor {name!r} has dtype {array.dtype}: known are {', '.join(DTYPES)}")
-        self._arrays = sorted(arrays.items(), key=lambda item: (_ORDER.index(item[1].dtype.name), item[0]))
+            if array.dtype.name not in spelled or not array.dtype.isnative:
+                raise ValueError(f"Tensor {name!r} has dtype {array.dtype}: known are {', '.join(spelled)}")
+        order = list(spelled)
+        self._arrays = sorted(arrays.items(), key=lambda item: (order.index(item[1].dtype.name), item[0]))
         header: dict[str, object] = {"__metadata__": METADATA}
         offset = 0
         for name, array in self._arrays:
             header[name] = {
-                "dtype": DTYPES[array.dtype.name],
+                "dtype": spelled[array.dtype.name],
                 "shape": list(array.shape),
                 "data_offsets": [offset, offset + array.nbytes],
             }

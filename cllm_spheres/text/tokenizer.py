@@ -1,7 +1,7 @@
 """Text -> token ids, and back: bytes, characters, words, or byte-level BPE.
 
-Every tokenizer has `kind`, `vocab_size`, `eot` (the end-of-text token, always the last id), `encode`,
-`decode`, `token_bytes` and `save`. No text, whatever it contains, encodes to `eot`: it only ever separates
+Every tokenizer has `kind`, `vocab_size`, `eot` (the end-of-text token: the last id, unless a bpe came from elsewhere),
+`encode`, `decode`, `token_bytes` and `save`. No text, whatever it contains, encodes to `eot`: it only ever separates
 documents.
 """
 
@@ -200,7 +200,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json; InputError where it is missing or damaged."""
     try:
-        text = read_regular(path).decode()
+        return parse_tokenizer(read_regular(path), str(path))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+
+
+def parse_tokenizer(data: bytes, name: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json holds; InputError, which calls it `name`, where it is damaged."""
+    try:
+        text = data.decode()
         record = json.loads(text)
         if "model" in record:
             from tokenizers import Tokenizer as LibraryTokenizer
@@ -220,13 +228,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise TypeError(f"its words are {shown(words)}")
             return WordTokenizer(words)
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path} is damaged ({error}); prepare the text anew.") from None
-    raise InputError(f"{path} is for a tokenizer {shown(kind)}: {nearest(str(kind), KINDS)}")
+        raise InputError(f"{name} is damaged ({error}); prepare the text anew.") from None
+    raise InputError(f"{name} is for a tokenizer {shown(kind)}: {nearest(str(kind), KINDS)}")
 
 
 def _check_library_format(record: dict[str, Any]) -> None:
@@ -238,13 +244,15 @@ def _check_library_format(record: dict[str, Any]) -> None:
     wrong = [name for name in ("truncation", "padding", "normalizer", "post_processor") if record.get(name) is not None]
     if not isinstance(pre_tokenizer, dict) or pre_tokenizer.get("type") != "ByteLevel":
         wrong.append("pre_tokenizer")
-    if not isinstance(added, list) or [isinstance(a, dict) and a.get("content") for a in added] != [EOT]:
+    # Special tokens are never found in a text; one that is not special would be.
+    special = [a.get("content") for a in added or () if isinstance(a, dict) and a.get("special") is True]
+    if not isinstance(added, list) or len(special) != len(added) or EOT not in special:
         wrong.append("added_tokens")
     absent = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or any(model.get(name) for name in absent):
         wrong.append("model")
     if wrong:
-        raise ValueError(f"its {' and '.join(wrong)} are not those of a byte-level BPE with one {EOT}")
+        raise ValueError(f"its {' and '.join(wrong)} are not those of a byte-level BPE with {EOT}")
 
 
 class StreamDecoder:
@@ -291,11 +299,11 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
 def _piece_of(token: str) -> bytes:
     try:
-        return bytes(_BYTE_OF[c] for c in token)
+        return bytes(BYTE_OF[c] for c in token)
     except KeyError:
         return token.encode("utf-8", "replace")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoi
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.config import DATA_KEYS, Config, build, flag, read_toml, to_toml
+from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.events import read
 from cllm_spheres.model.layout import Layout
@@ -98,14 +99,14 @@ def check_name(path: Path) -> None:
         raise InputError(f"The name {name!r} is not UTF-8, so that config.toml cannot hold it. Rename it.") from None
 
 
-def create(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:
-    """Make the folder with its config.toml; nothing is left where that fails."""
+def create(run: Path, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
+    """Make the folder with its config.toml; nothing is left where that fails. origin: as for `write_config`."""
     check_new(run)
     check_name(prepared.folder)
     made = [folder for folder in (run, *run.parents) if not folder.exists()]  # the deepest first
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_config(run, config, prepared, text)
+        write_config(run, config, prepared, origin)
     except OSError as error:
         for folder in made:
             with contextlib.suppress(OSError):
@@ -116,11 +117,14 @@ def create(run: Path, config: Config, prepared: Prepared, text: str | None) -> N
             Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
 
 
-def write_config(run: Path, config: Config, prepared: Prepared, text: str | None) -> None:
-    """config.toml, replaced at once. text: the raw text that was prepared, "" for the embedded corpus."""
+def write_config(run: Path, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
+    """config.toml, replaced at once.
+
+    origin: of ORIGIN_KEYS what is known: the raw text that was prepared, "" for the embedded corpus; the model folder
+    whose weights the run begins with, and its fingerprint.
+    """
     extra = {"data": str(Path(prepared.folder).resolve()), "data_fingerprint": prepared.fingerprint}
-    if text is not None:
-        extra["text"] = text
+    extra |= {key: value for key in ORIGIN_KEYS if (value := origin.get(key)) is not None}
     temporary = run / NEW_CONFIG
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -135,8 +139,8 @@ def write_config(run: Path, config: Config, prepared: Prepared, text: str | None
 
 
 def change_config(run: Path, config: Config, prepared: Prepared) -> None:
-    """Write config.toml anew, keeping where the text is."""
-    write_config(run, config, prepared, read_config(run)[1]["text"])
+    """Write config.toml anew, keeping where text and weights came from."""
+    write_config(run, config, prepared, read_config(run)[1])
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -149,6 +153,11 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         parent = run.parent
         known = [p.parent.name for p in parent.glob("*/config.toml")] if parent.is_dir() else []
         hint = f" In {parent}: {nearest(run.name, known)}" if known else ""
+        if Store(run).steps():
+            raise InputError(
+                f"{run} was imported and never trained: it has no config.toml. Train it in a run of its own:"
+                f" cllm-spheres train DATA --from {run}"
+            )
         raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
     values = read_toml(run / "config.toml")
     data = {key: values.pop(key, None) for key in DATA_KEYS}

@@ -16,6 +16,8 @@ from cllm_spheres.checkpoint.fingerprint import differences
 from cllm_spheres.checkpoint.store import SaveFailed, Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
+from cllm_spheres.exchange.gpt2 import huggingface_config
+from cllm_spheres.exchange.source import Source
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.text.prepared import Prepared
@@ -98,9 +100,8 @@ class Keeper:
         views = {name: self.layout.views(buffer) for name, buffer in self._copy.items()}
         model = views.pop("params")
         optimizer = {f"{kind}.{name}": view for kind, tensors in views.items() for name, view in tensors.items()}
-        path = self.store.save(
-            step, model, optimizer, state, huggingface_config(self.config, self.prepared.eot), self._tokenizer
-        )
+        config = huggingface_config(self.layout.shape, self.prepared.eot, self.config.dropout)
+        path = self.store.save(step, model, optimizer, state, config, self._tokenizer)
         if best:
             self.store.mark_best(step)
             self._unsaved_best = None
@@ -120,6 +121,12 @@ class Keeper:
         """Before each change on disk: a fault on purpose comes when the first file has been written."""
         if operation == "sync":
             self.node_zero.faults.fire_save(self._step)
+
+    def begin_from(self, source: Source) -> None:
+        """The weights of another model instead of the initialisation; moments and padding are zero already."""
+        params = self.layout.views(self.node_zero.memory.params)
+        for name, tensor in source.tensors():
+            params[name][...] = tensor
 
     def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
         """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.
@@ -156,15 +163,3 @@ class Keeper:
         memory = self.node_zero.memory
         squares = {"squares": memory.squares} if memory.sizes.has_squares else {}
         return {"params": memory.params, "moments": memory.moments, **squares}
-
-
-def huggingface_config(config: Config, eot: int) -> dict[str, Any]:
-    """config.json of a checkpoint: a GPT-2 as other tools describe it."""
-    return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.width,
-        "n_layer": config.layers, "n_head": config.heads, "n_inner": config.ff_width,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-        "bias": config.bias, "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32",
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-    }  # fmt: skip

@@ -36,6 +36,7 @@ def run_training(server: Server) -> dict[str, Any]:
     from cllm_spheres.checkpoint.lock import lock
     from cllm_spheres.config import build
     from cllm_spheres.text.prepared import Prepared
+    from cllm_spheres.training.beginning import beginning
     from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
     from cllm_spheres.training.trainer import Trainer
 
@@ -50,15 +51,17 @@ def run_training(server: Server) -> dict[str, Any]:
         steps_before = config.steps
         config = build(config.model_dump() | order["changes"])
         checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
+        source = None if checkpoint else beginning(run, config, where)
         trainer = Trainer(
-            run, config, prepared, stop_at=order["stop_at"], launcher=order["launcher"], profile=order["profile"],
-            faults=order["faults"], notes=order["notes"], status=lambda text: say(status=text), server=server,
+            run, config, prepared, source=source, stop_at=order["stop_at"], launcher=order["launcher"],
+            profile=order["profile"], faults=order["faults"], notes=order["notes"],
+            status=lambda text: say(status=text), server=server,
         )  # fmt: skip
         at = checkpoint.step if checkpoint else 0
         for reason in refused:
             trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
         if order["resume"]:
-            write_config(run, config, prepared, where["text"])
+            write_config(run, config, prepared, where)
         if config.steps != steps_before:
             trainer.metrics.event(
                 "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,

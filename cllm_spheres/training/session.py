@@ -5,6 +5,7 @@ Text is prepared if it has to be, everything is checked, and the run's folder is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, Literal
 
 from cllm_spheres.config import Config, merge, read_toml
 from cllm_spheres.errors import InputError, shown
+from cllm_spheres.exchange.source import open_source
 from cllm_spheres.faults import parse
 from cllm_spheres.text.embedded import minimal_text
-from cllm_spheres.text.folder import is_prepared
+from cllm_spheres.text.folder import is_prepared, read_regular
 from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
+from cllm_spheres.training.beginning import origin_of, tokenizer_of, with_model
 from cllm_spheres.training.folder import Plan
 from cllm_spheres.training.plan import check_shape, places, resolve
 from cllm_spheres.training.start import check_start
@@ -34,31 +37,38 @@ def make_plan(
     file: Path | None = None,
     faults: list[str] | None = None,
     progress: Progress | None = None,
+    start_from: Path | None = None,
 ) -> tuple[Plan, str | None]:
     """A new run, or one that goes on; the second value is a sentence where there is nothing left to do.
 
-    resume: "auto" is whichever of the two the folder `run` asks for. InputError where it cannot work; nothing is left
+    resume: "auto" is whichever of the two the folder `run` asks for. start_from: a run or a model folder whose
+    weights, shape and tokenizer a new run takes. InputError where it cannot work; nothing is left
     behind then.
     """
     if resume not in (True, False, "auto"):
         raise InputError(f'resume is {shown(resume)}: give True, False or "auto".')
     if isinstance(faults, str):
         raise InputError(f"faults is {shown(faults)}: give a list, such as [{shown(faults)}].")
-    if resume == "auto":
+    auto = resume == "auto"
+    if auto:
         if run is None:
             raise InputError("--resume auto needs --run: the same folder each time.")
         resume = (run / "config.toml").is_file()
         if resume:
+            _check_same_model(run, start_from)
             options, file = _as_given(options, file), None
         exact = exact and resume
     if not resume:
         if exact:
             raise InputError("--exact is for --resume: a new run has nothing to differ from.")
-        return new_run(data, options, run=run, file=file, faults=faults, progress=progress), None
+        plan = new_run(data, options, run=run, file=file, faults=faults, progress=progress, start_from=start_from)
+        return plan, None
     if run is None:
         raise InputError("--resume needs --run: which run shall go on?")
     if file is not None:
         raise InputError("--resume takes its configuration from the run: leave --config out.")
+    if start_from is not None and not auto:
+        raise InputError("--from is for a new run; --resume goes on with the run's own weights. Leave one of them out.")
     config, names = merge(options)  # names unknown options and values out of range
     options = {name: getattr(config, name) for name in names}  # "3" is 3 from here on
     plan, finished = resumed_run(run, options, data=data, exact=exact, progress=progress)
@@ -88,6 +98,7 @@ def new_run(
     file: Path | None,
     faults: list[str] | None = None,
     progress: Progress | None = None,
+    start_from: Path | None = None,
 ) -> Plan:
     """Check everything, prepare the text, make the run folder. InputError leaves nothing behind."""
     config, given = merge(options, file)
@@ -96,35 +107,54 @@ def new_run(
         if not isinstance(recorded["data"], str):
             raise InputError(f"{file} has data = {shown(recorded['data'])}: it must be the path of a folder.")
         data = Path(recorded["data"])
+        start_from = start_from or _recorded_model(recorded, file)
+    source = None
+    if start_from is not None:
+        folder.check_name(start_from)
+        config, source = with_model(config, given, open_source(start_from))
     check_shape(config)
     places(config, given)
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
-    source = minimal_text() if data is None and config.preset == "minimal" else data
-    if source is not None:
-        folder.check_name(source)
-    prepared = prepare_data(source, config.tokenizer, config.vocab_size, given, progress)
+    text = minimal_text() if data is None and config.preset == "minimal" else data
+    if text is not None:
+        folder.check_name(text)
+    tokenizer = source.tokenizer_json if source else None
+    prepared = prepare_data(text, config.tokenizer, config.vocab_size, given, progress, tokenizer)
     if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
     chosen = _faults(faults, resolved, config.stop_at)
-    notes = check_start(resolved, prepared, run)
-    folder.create(run, resolved, prepared, _raw(source))
+    notes = check_start(resolved, prepared, run) + (source.notes if source else ())
+    folder.create(run, resolved, prepared, {"text": _raw(text), **origin_of(source)})
     return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 
 
 def prepare_data(
-    source: Path | None, tokenizer: str, vocab_size: int | None, given: set[str], progress: Progress | None
+    source: Path | None,
+    tokenizer: str,
+    vocab_size: int | None,
+    given: set[str],
+    progress: Progress | None,
+    tokenizer_json: bytes | None = None,
 ) -> Prepared:
     """The prepared form of a folder, of raw text, or (None) of the embedded corpus, every byte verified.
 
-    InputError where options that were given contradict a prepared folder.
+    tokenizer_json: the tokenizer to prepare with, instead of one made from the text. InputError where options that
+    were given, or that tokenizer, contradict a prepared folder.
     """
     own_vocab = "vocab_size" in given
     wanted = vocab_size if own_vocab or tokenizer in ("bpe", "word") else None
     prepared = prepare_cached(
-        None if source is None else [source], tokenizer, wanted, exact=own_vocab, progress=progress
-    )
+        None if source is None else [source], tokenizer, wanted, exact=own_vocab, progress=progress,
+        given=tokenizer_json,
+    )  # fmt: skip
+    if tokenizer_json is not None and not _same(tokenizer_json, prepared.folder / "tokenizer.json"):
+        raise InputError(
+            f"{prepared.folder} was prepared with another tokenizer ({prepared.manifest['tokenizer']},"
+            f" {prepared.vocab_size:,} tokens) than the model's ({tokenizer}, {vocab_size:,}). Give the text itself"
+            " instead, or prepare it with: cllm-spheres prepare PATH --from MODEL --out DIR"
+        )
     for key, value, actual in (
         ("tokenizer", tokenizer, prepared.manifest["tokenizer"]), ("vocab_size", vocab_size, prepared.vocab_size),
     ):  # fmt: skip
@@ -149,9 +179,37 @@ def resumed_run(
     if data is None and where["data"] and (is_prepared(Path(where["data"])) or text is None):
         data = Path(where["data"])
     source = data or (Path(text) if text else None)
-    prepared = prepare_data(source, config.tokenizer, config.vocab_size, set(), progress)
+    tokenizer = None if source and is_prepared(source) else tokenizer_of(run, where)
+    prepared = prepare_data(source, config.tokenizer, config.vocab_size, set(), progress, tokenizer)
     plan, finished = folder.plan_resume(run, config, where, given, prepared)
     return replace(plan, exact=exact), finished
+
+
+def _recorded_model(recorded: dict[str, Any], file: Path | None) -> Path | None:
+    """The model that another run's config.toml says it began from; InputError where that has changed since."""
+    path = recorded.get("from")
+    if path is None:
+        return None
+    if not isinstance(path, str):
+        raise InputError(f"{file} has from = {shown(path)}: it must be the path of a folder.")
+    if open_source(Path(path)).fingerprint != recorded.get("from_fingerprint"):
+        raise InputError(f"{path} is not what {file} was written with: its weights or its tokenizer have changed.")
+    return Path(path)
+
+
+def _check_same_model(run: Path, start_from: Path | None) -> None:
+    """InputError where a run goes on that began from another model than the one given."""
+    began = folder.read_config(run)[1]["from"]
+    if start_from is not None and (began is None or not Path(began).is_relative_to(start_from.resolve())):
+        raise InputError(f"{run} began from {began or 'new weights'}, and --from {start_from} was given. Leave it out.")
+
+
+def _same(tokenizer_json: bytes, path: Path) -> bool:
+    """Whether a tokenizer.json holds the same, however it is spelled."""
+    try:
+        return json.loads(tokenizer_json) == json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _raw(source: Path | None) -> str | None:

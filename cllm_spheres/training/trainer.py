@@ -17,6 +17,7 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.store import SaveFailed
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError, Interrupted, NonFinite, RunFailed
+from cllm_spheres.exchange.source import Source
 from cllm_spheres.faults import parse
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.model import dtypes
@@ -47,11 +48,12 @@ class Trainer:
     """One run from its first or next step to its end."""
 
     def __init__(
-        self, run: Path, config: Config, prepared: Prepared, *, stop_at: int | None, launcher: int, profile: bool,
-        faults: list[str], notes: list[str], status: Callable[[str], None], server: Server | None = None,
+        self, run: Path, config: Config, prepared: Prepared, *, source: Source | None, stop_at: int | None,
+        launcher: int, profile: bool, faults: list[str], notes: list[str], status: Callable[[str], None],
+        server: Server | None = None,
     ) -> None:  # fmt: skip
-        """notes: sentences on what will make the run slow here, to be told."""
-        self.run, self.config, self.prepared, self.notes = run, config, prepared, notes
+        """source: the model to begin from. notes: sentences on what will make the run slow here, to be told."""
+        self.run, self.config, self.prepared, self.source, self.notes = run, config, prepared, source, notes
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
@@ -143,9 +145,13 @@ class Trainer:
         applied = 0
         if checkpoint:
             self.progress, applied = self.keeper.restore(checkpoint, exact)
+        elif self.source:
+            self.keeper.begin_from(self.source)
         else:
             self.node_zero.do(M.INITIALISE)
         self.node_zero.set_position(self.step, applied)
+        if self.source:
+            self.keeper.save(self.progress)  # a resume does not need the source
         self._estimate()
         if job.trace_marks:
             self.profiled = min(self.step + WARM_UP_STEPS, self.last)
@@ -155,6 +161,7 @@ class Trainer:
     def _headline(self, checkpoint: Checkpoint | None) -> str:
         job = self.node_zero.job
         goes_on = f"Resumed at step {checkpoint.step} from {checkpoint.path.name}. " if checkpoint else ""
+        goes_on = f"The weights are those of {self.source.path}. " if self.source else goes_on
         return (
             f"{goes_on}{plural(job.workers, 'worker')}, {plural(job.spheres, 'sphere')}, batch {job.batch_size} x"
             f" {job.shape.block_size} tokens; {self.layout.num_parameters:,} parameters, vocabulary"

@@ -25,10 +25,10 @@ from cllm_spheres.checkpoint.checkpoint import FILES
 from cllm_spheres.checkpoint.files import seal
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import SpheresError
+from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.inference import model as inference
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.training import session
-from cllm_spheres.training.keeper import huggingface_config
 from cllm_spheres.training.plan import shape_of
 
 WHOLE = os.environ.get("CLLM_FAULTS") == "whole"
@@ -71,7 +71,12 @@ def make_run(path: Path, data: Path) -> Path:
         )  # fmt: skip
         store = Store(path)
         store.save(
-            step, model, moments, state, huggingface_config(plan.config, plan.prepared.eot), data / "tokenizer.json"
+            step,
+            model,
+            moments,
+            state,
+            huggingface_config(shape_of(plan.config), plan.prepared.eot),
+            data / "tokenizer.json",
         )
         store.mark_best(step)
     record = dict(step=1, loss=3.0, lr=1e-3, grad_norm=1.0, clipped_norm=1.0, tokens=8, total_tokens=8, time=1.0e9,

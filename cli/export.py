@@ -1,0 +1,54 @@
+"""`cllm-spheres export`: a run -> a folder for Hugging Face's transformers, or a file for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    target: Annotated[Path, typer.Argument(help="The folder (hf) or file (gguf) to write.")],
+    to: Annotated[
+        str, typer.Option(help="hf: for Hugging Face's transformers; gguf: for llama.cpp.", metavar="hf|gguf")
+    ] = ...,  # type: ignore[assignment]
+    dtype: Annotated[str, typer.Option(help="How the weights are stored.", metavar="f32|f16|bf16")] = "f32",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that stands there.")] = False,
+) -> None:
+    """Write a trained model in the form that other tools read.
+
+    Token ids and logits there are those of this package.
+    """
+    import sys
+
+    from cllm_spheres_cli.progress import interruptible
+
+    from cllm_spheres.exchange.export import export as write
+    from cllm_spheres.units import plural, size
+
+    with interruptible("Nothing was written."):
+        print(f"Exporting {run} ...", file=sys.stderr)
+        exported = write(run, to, target, dtype=dtype, which=checkpoint, force=force)
+    files, source = exported.files, exported.source
+    print(
+        f"{target}: step {source.checkpoint.step:,} of {run} as {dtype}, {plural(len(files), 'file')},"
+        f" {size(sum(files.values()))}: {', '.join(sorted(files))}."
+    )
+    if to == "hf":
+        print(
+            "Next, in Python:\n"
+            "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"  model, tokenizer = (kind.from_pretrained({str(target)!r}) for kind in (AutoModelForCausalLM,"
+            " AutoTokenizer))\n"
+            "  print(tokenizer.decode(model.generate(do_sample=True, max_new_tokens=50)[0]))"
+        )
+    else:
+        print(f'Next: llama-cli -m {target} -no-cnv -p "..."')

@@ -1,0 +1,1 @@
+"""Models to and from other tools: Hugging Face folders and GGUF files."""

@@ -1,0 +1,68 @@
+"""A model's shape <-> config.json as Hugging Face describes a GPT-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cllm_spheres.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
+from cllm_spheres.errors import InputError, shown
+from cllm_spheres.model.layout import Shape
+
+EPSILON = 1e-5  # of the layer norms, as our kernels have it
+GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of the same formula, the one that our kernels compute
+MAX_VOCAB = 2**31
+
+# Sizes: key -> what a config.json without it means, the most that is taken.
+_SIZES = {
+    "vocab_size": (50257, MAX_VOCAB), "n_positions": (1024, MAX_TOKENS), "n_embd": (768, MAX_WIDTH),
+    "n_layer": (12, MAX_LAYERS), "n_head": (12, MAX_WIDTH),
+}  # fmt: skip
+# What changes the arithmetic: key -> what a config.json without it means, what our kernels compute.
+_ARITHMETIC: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "activation_function": ("gelu_new", GELUS),
+    "layer_norm_epsilon": (EPSILON, (EPSILON,)),
+    "scale_attn_weights": (True, (True,)),
+    "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    "add_cross_attention": (False, (False,)),
+    "tie_word_embeddings": (True, (True,)),
+}
+
+
+def huggingface_config(shape: Shape, eot: int, dropout: float = 0.0) -> dict[str, Any]:
+    """config.json of a GPT-2 with this shape; `bias` is ours, other tools have biases always."""
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": shape.vocab_size,
+        "n_positions": shape.block_size, "n_ctx": shape.block_size, "n_embd": shape.width,
+        "n_layer": shape.layers, "n_head": shape.heads, "n_inner": shape.ff_width,
+        "activation_function": "gelu_new", "layer_norm_epsilon": EPSILON, "tie_word_embeddings": True,
+        "bias": shape.bias, "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32",
+        "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
+    }  # fmt: skip
+
+
+def shape_of_config(config: dict[str, Any], where: str) -> Shape:
+    """The shape that a config.json describes. InputError names what is no GPT-2, or not one of this kind."""
+    if config.get("model_type") != "gpt2":
+        raise InputError(f"{where} is of model_type {shown(config.get('model_type'))}: only 'gpt2' can be imported.")
+    for key, (default, known) in _ARITHMETIC.items():
+        value = config.get(key, default)
+        if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
+            raise InputError(
+                f"{where} has {key} {shown(value)}: only {' or '.join(map(repr, known))} is computed here, so its"
+                " logits would be others."
+            )
+    sizes = {}
+    for key, (size, most) in _SIZES.items():
+        sizes[key] = _size(config.get(key, size), key, most, where)
+    width, heads = sizes["n_embd"], sizes["n_head"]
+    if width % heads:
+        raise InputError(f"{where} has n_embd {width}, which n_head {heads} does not divide.")
+    inner = config.get("n_inner")
+    ff_width = 4 * width if inner is None else _size(inner, "n_inner", 4 * MAX_WIDTH, where)
+    return Shape(sizes["vocab_size"], sizes["n_positions"], sizes["n_layer"], heads, width, ff_width)
+
+
+def _size(value: object, key: str, most: int, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise InputError(f"{where} has {key} {shown(value)}: it must be a whole number from 1 to {most:,}.")
+    return value
