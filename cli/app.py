@@ -14,6 +14,7 @@ from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.scale import scale
+from cllm_spheres_cli.serve import serve
 from cllm_spheres_cli.train import TrainCommand, train
 from cllm_spheres_cli.watch import watch
 
@@ -46,7 +47,7 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, generate, prepare, data, doctor):
+for command in (scale, watch, generate, serve, prepare, data, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
