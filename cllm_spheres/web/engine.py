@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,13 +215,16 @@ class Engine:
     def _lost(self, how: str) -> None:
         """Refuse all that was being written."""
         self.last_end = how
-        lost = [text for model in self.models.values() for text in model.running.values()]
-        self._complain(f"The process of inference ended: {how}. {len(lost)} texts were lost; it is started again.")
-        for model in self.models.values():
-            model.running.clear()
+        self._complain(f"The process of inference ended: {how}. {self.running} texts were lost; it is started again.")
         message = "The process that writes ended in the middle of this text; it is started again. Try once more."
-        for text in lost:
-            text.request.events.put_nowait((text.index, {"refused": message, "status": 500, "code": "inference_lost"}))
+        for model in self.models.values():
+            _refuse(model.running.values(), 500, message, "inference_lost")
+            model.running.clear()
+
+    def refuse_all(self) -> None:
+        """The server stops: tell those who wait, and those whose texts are being written."""
+        for model in self.models.values():
+            _refuse([*model.waiting, *model.running.values()], 503, "The server is being stopped.", "stopping")
 
     def _complain(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -244,6 +248,11 @@ class Engine:
             assert text.began is not None
             self._text_s += 0.1 * (time.monotonic() - text.began - self._text_s)
         request.events.put_nowait((text.index, event))
+
+
+def _refuse(texts: Iterable[Text], status: int, message: str, code: str) -> None:
+    for text in texts:
+        text.request.events.put_nowait((text.index, {"refused": message, "status": status, "code": code}))
 
 
 def _check(prompt: str | list[int], model: Model) -> None:

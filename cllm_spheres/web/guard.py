@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 
 OPEN_PATHS = ("/health",)  # without the key: who watches a service has none
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+?)\.?)(?::\d*)?")
 CLIENT_LEFT = "499"  # nginx's number for it
 
 
@@ -50,7 +52,7 @@ class Rules:
         if is_loopback(bound):
             names |= {"127.0.0.1", "::1"}
         return cls(
-            frozenset(_host_name(name) if name.startswith("[") else name.lower() for name in names),
+            frozenset(_host_name(name) if name.startswith("[") else name.lower() for name in names - {""}),
             frozenset(origin.lower().rstrip("/") for origin in origins), key,
         )  # fmt: skip
 
@@ -88,10 +90,9 @@ def _is_preflight(scope: Scope, headers: dict[bytes, list[bytes]]) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """A Host header without its port: "[::1]:8000" -> "::1"."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower().rstrip(".")
+    """A Host header without its port: "[::1]:8000" -> "::1"; "" for what is none."""
+    found = _HOST.fullmatch(host.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 class Guard:

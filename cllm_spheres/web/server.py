@@ -26,6 +26,7 @@ from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.requests import Limits
 
 GRACE_S = 5  # for requests in flight, after a signal
+TOLD_S = 2  # more, for those who must be told that it is over
 SAME_SIGNAL_S = 0.2  # some senders signal a process and then its group: what comes this soon after is the same wish
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -154,7 +155,7 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
     server = _Server(
         uvicorn.Config(
             app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
-            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S + TOLD_S,
             h11_max_incomplete_event_size=HEADER_BYTES, callback_notify=every_second, timeout_notify=1,
         )
     )  # fmt: skip
@@ -180,6 +181,7 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
             _announce(settings, bound, engine, say)
         await asyncio.wait((serving, wished), return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
+        asyncio.get_running_loop().call_later(GRACE_S, engine.refuse_all)
         left = len(server.server_state.tasks)
         began = time.monotonic()
         try:

@@ -134,8 +134,8 @@ def test_logprobs_without_echo_are_of_the_new_tokens(served):
     for name, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
         assert top[name] == logprob <= max(top.values()) <= 0 and 3 <= len(top) <= 4
     assert found["text_offset"] == sorted(found["text_offset"]) and found["text_offset"][0] == 0
-    chunks = events(served.post(
-        "/v1/completions", model="run", prompt="the ", seed=1, max_tokens=12, logprobs=3, stream=True).text)  # fmt: skip
+    body = {"model": "run", "prompt": "the ", "seed": 1, "max_tokens": 12, "logprobs": 3, "stream": True}
+    chunks = events(served.post("/v1/completions", **body).text)
     pieces = [c["logprobs"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
     assert [value for piece in pieces for value in piece["token_logprobs"]] == found["token_logprobs"]
     assert [value for piece in pieces for value in piece["text_offset"]] == found["text_offset"]
