@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -20,7 +21,7 @@ from cllm_spheres.errors import nearest
 from cllm_spheres.web.answers import Answer, sent_event
 from cllm_spheres.web.engine import Engine, Request
 from cllm_spheres.web.fields import read_json
-from cllm_spheres.web.guard import Guard, Rules, respond
+from cllm_spheres.web.guard import FAILURE, Guard, Rules, respond
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 from cllm_spheres.web.requests import Limits, Order, chat, completion, no_model
@@ -56,8 +57,11 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> 
 
     def write(parse: Parser) -> Any:
         async def endpoint(request: HttpRequest) -> Response:
-            order = parse(read_json(await _body(request, limits)), tuple(engine.models), limits)
-            return Written(engine, order, limits.seconds)
+            try:
+                body = await _body(request, limits)
+            except ClientDisconnect:
+                return Nothing()
+            return Written(engine, parse(read_json(body), tuple(engine.models), limits), limits.seconds)
 
         return endpoint
 
@@ -67,7 +71,7 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> 
         Route("/v1/completions", write(completion), methods=["POST"]),
         Route("/v1/chat/completions", write(chat), methods=["POST"]),
     ]  # fmt: skip
-    app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _no_route, Refused: _refused})
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=_HANDLERS)
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
     if rules.origins:
         app = CORSMiddleware(
@@ -98,6 +102,21 @@ async def _no_route(request: HttpRequest, error: Exception) -> Response:
         return respond(Refused(405, message, code="method_not_allowed", headers={"Allow": allowed}))
     message = f"There is nothing at this path: {nearest(request.url.path[:80], PATHS)}"
     return respond(Refused(404, message, code="not_found"))
+
+
+async def _failed(request: HttpRequest, error: Exception) -> Response:
+    """A mistake of ours; the guard prints it."""
+    return respond(FAILURE)
+
+
+_HANDLERS: dict[Any, Any] = {HTTPException: _no_route, Refused: _refused, Exception: _failed}
+
+
+class Nothing(Response):
+    """For a client that has left before it had asked."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
 
 
 async def _body(request: HttpRequest, limits: Limits) -> bytes:

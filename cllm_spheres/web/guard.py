@@ -26,6 +26,7 @@ from cllm_spheres.web.refusals import Refused
 
 OPEN_PATHS = ("/health",)  # without the key: who watches a service has none
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+?)\.?)(?::\d*)?")
+FAILURE = Refused(500, "The server failed; its own log says how.", code="internal_error")
 CLIENT_LEFT = "499"  # nginx's number for it
 
 
@@ -120,8 +121,7 @@ class Guard:
             except Exception:
                 traceback.print_exc(file=sys.stderr)
                 if status == CLIENT_LEFT:
-                    failure = Refused(500, "The server failed; its own log says how.", code="internal_error")
-                    await respond(failure)(scope, receive, seen)
+                    await respond(FAILURE)(scope, receive, seen)
         finally:
             path = self._path(scope["path"])
             self.metrics.requests.add(path, status)

@@ -163,6 +163,8 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
     def at_once() -> None:
         server.force_exit = True
 
+    metrics.show("cllm_connections", "Clients that are connected.", lambda: len(server.server_state.connections))
+    metrics.show("cllm_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     stop = Stop(at_once)
     wished = asyncio.create_task(stop.wished.wait())
     try:

@@ -34,6 +34,7 @@ WRONG = [
     ({"temperature": 3}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"temperature": "1"}, "temperature"),
     ({"top_p": 1.1}, "top_p"), ({"top_k": 0}, "top_k"), ({"min_p": 2}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
+    ({"n": 8, "max_tokens": 900_000}, "max_tokens"), ({"max_tokens": 100_000, "logprobs": 20}, "max_tokens"),
     ({"n": 0}, "n"), ({"n": 1000}, "n"), ({"best_of": 3}, "best_of"), ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"), ({"stop": ["a"] * 5}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 1}, "stop"),
     ({"stop": "x" * 257}, "stop"), ({"echo": 1}, "echo"), ({"stream": "yes"}, "stream"),
