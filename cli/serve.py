@@ -71,11 +71,13 @@ def serve(
 
 def _named(runs: list[Path]) -> dict[str, Path]:
     """Runs by the names of their folders. InputError where two have the same."""
+    import os
+
     from cllm_spheres.errors import InputError
 
     named: dict[str, Path] = {}
     for run in runs:
-        name = run.absolute().name or "run"
+        name = os.fsencode(run.absolute().name).decode("utf-8", "backslashreplace") or "run"
         if name in named:
             raise InputError(f"{named[name]} and {run} are both named {name}: give folders with different names.")
         named[name] = run

@@ -15,6 +15,7 @@ small the oldest turns are left out; what the system said and the last turn stay
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,11 +72,16 @@ def prompt_of(
     room = block_size - min(block_size // 4 if reserve is None else reserve, block_size // 4)
     system = [message for message in messages if message.role == SYSTEM]
     turns = [message for message in messages if message.role != SYSTEM]
-    for first in range(max(1, len(turns))):
-        text = written([*system, *turns[first:]])
-        last_try = first >= len(turns) - 1
-        if (length := count(text)) <= (block_size if last_try else room):
-            return Prompt(text, left_out=first)
+    last = max(0, len(turns) - 1)
+
+    def text_from(first: int) -> str:
+        return written([*system, *turns[first:]])
+
+    # A shorter conversation has fewer tokens, so halving finds the longest that fits: few counts, however many turns.
+    first = bisect.bisect_left(range(last), True, key=lambda first: count(text_from(first)) <= room)
+    text = text_from(first)
+    if first < last or (length := count(text)) <= block_size:
+        return Prompt(text, left_out=first)
     raise InputError(
         f"The last message{' and the system message' if system else ''} take {length} tokens with the words around"
         f" them; the model's block has {block_size}. Shorten them, or use a run with a larger --block-size."

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,7 +21,7 @@ from cllm_spheres.errors import nearest
 from cllm_spheres.web.answers import Answer, sent_event
 from cllm_spheres.web.engine import Engine, Request
 from cllm_spheres.web.fields import read_json
-from cllm_spheres.web.guard import FAILURE, Guard, Rules, respond
+from cllm_spheres.web.guard import FAILURE, Guard, Json, Rules, respond
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 from cllm_spheres.web.requests import Limits, Order, chat, completion, no_model
@@ -36,13 +36,13 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> 
     """The ASGI application, guard and all."""
 
     async def models(request: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [_about(engine, name) for name in engine.models]})
+        return Json({"object": "list", "data": [_about(engine, name) for name in engine.models]})
 
     async def model(request: HttpRequest) -> Response:
         name = unquote(request.path_params["id"])
         if name not in engine.models:
             raise no_model(name, tuple(engine.models))
-        return JSONResponse(_about(engine, name))
+        return Json(_about(engine, name))
 
     async def health(request: HttpRequest) -> Response:
         inference = {"alive": engine.alive, "restarts": engine.restarts, "last_end": engine.last_end or None}
@@ -50,7 +50,7 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> 
             "status": "ok" if engine.alive else "down", "inference": inference, "models": list(engine.models),
             "waiting": engine.waiting, "running": engine.running,
         }  # fmt: skip
-        return JSONResponse(found, 200 if engine.alive else 503)
+        return Json(found, 200 if engine.alive else 503)
 
     async def show_metrics(request: HttpRequest) -> Response:
         return PlainTextResponse(metrics.text(), media_type=METRICS_TYPE)
@@ -171,7 +171,7 @@ class Written(Response):
                     answer.take(index, event, keep=True)
                 if answer.complete:
                     break
-        await JSONResponse(answer.whole())(scope, receive, send)
+        await Json(answer.whole())(scope, receive, send)
 
     async def _stream(self, request: Request, send: Send) -> None:
         """Begin once the first text has, so that what is refused before still gets its status."""

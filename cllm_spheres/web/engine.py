@@ -27,6 +27,7 @@ SILENCE_S = 120.0  # without a step of a text that is being written: the process
 BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that did not live for STEADY_S
 STEADY_S = 30.0
 LONGEST_RETRY_S = 60
+RETRY_DOWN_S = 10
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class Engine:
         self.last_end = ""
         self._link: Link | None = None
         self._ready = False
+        self._down = ""  # why it could not be started again, the last time
         self._ids = itertools.count()
         self._supervisor: asyncio.Task[None] | None = None
         self._heard = time.monotonic()
@@ -117,8 +119,13 @@ class Engine:
             await self._link.end()
 
     def submit(self, order: Order) -> Request:
-        """Queue an order's texts. Refused: 400 for ids that cannot be, 429 where the queue is full."""
+        """Queue an order's texts. Refused: 400 for ids that cannot be, 429 where the queue is full, 503 where nobody
+        can write.
+        """
         model = self.models[order.model]
+        if self._down:
+            why = f"The process that writes cannot be started: {self._down}"
+            raise Refused(503, why, code="inference_down", headers={"Retry-After": str(RETRY_DOWN_S)})
         for prompt in order.prompts:
             _check(prompt, model)
         texts = order.texts
@@ -206,7 +213,9 @@ class Engine:
                 try:
                     await self._open()
                 except (InputError, RunFailed) as error:
+                    self._down = str(error)
                     self._complain(f"It could not be started again: {error}")
+            self._down = ""
             self.restarts += 1
             self.metrics.restarts.add()
             for model in self.models.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import json
 import re
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm_spheres.errors import shown
@@ -133,9 +134,18 @@ class Guard:
         return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
 
 
-def respond(refused: Refused) -> JSONResponse:
+class Json(Response):
+    """A value as JSON in ASCII: half a surrogate pair, from a client or a file's name, has no bytes in UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def respond(refused: Refused) -> Json:
     """A refusal as a response. Where the body was not read, the connection cannot go on."""
     headers: dict[str, Any] = dict(refused.headers)
     if refused.status in (408, 413):
         headers["Connection"] = "close"
-    return JSONResponse(refused.body, refused.status, headers)
+    return Json(refused.body, refused.status, headers)

@@ -38,6 +38,7 @@ from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer
 
 NICE = 5  # a training on the same cores goes first
 READ_BYTES = 1 << 16
+LEAST = -9999.0  # OpenAI's log-probability of what cannot be; JSON has no infinity
 
 
 @dataclass
@@ -148,8 +149,9 @@ class TooLong(InputError):
 
 
 def _scored(tokenizer: Tokenizer, decoder: StreamDecoder, scored: Scored) -> list[Any]:
-    top = [[_name(tokenizer, token), logprob] for token, logprob in scored.top]
-    return [_name(tokenizer, scored.token), scored.logprob, top, len(decoder.feed(scored.token))]
+    top = [[_name(tokenizer, token), max(logprob, LEAST)] for token, logprob in scored.top]
+    logprob = None if scored.logprob is None else max(scored.logprob, LEAST)
+    return [_name(tokenizer, scored.token), logprob, top, len(decoder.feed(scored.token))]
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str | None:

@@ -37,8 +37,8 @@ class Limits:
 
     tokens: int = 4096  # new ones, of each text
     texts: int = 128  # prompts x n
-    scores: int = 1 << 17  # texts x tokens x (1 + logprobs): what an answer may have to hold; one text always may
-    body_bytes: int = 4 << 20
+    scores: int = 1 << 18  # tokens of all texts x (1 + logprobs): what an answer may have to hold
+    body_bytes: int = 1 << 20
     seconds: float = 600.0  # from the whole request to the end of its answer, the wait in the queue included
 
 
@@ -81,8 +81,9 @@ def completion(body: dict[str, Any], models: tuple[str, ...], limits: Limits) ->
             f"best_of {best_of} is not supported: leave it out, or give n, {n}.", "best_of", "unsupported_parameter"
         )
     options = _options(fields, tokens, logprobs)
-    _bounded(len(prompts) * n, tokens, logprobs, limits)
     options["score_prompt"] = echo and (logprobs is not None or tokens == 0)
+    scored = n * sum(map(len, prompts)) if options["score_prompt"] else 0
+    _bounded(n * len(prompts) * tokens + scored, logprobs, limits)
     stream, include_usage = _stream(fields)
     fields.unsupported({**_PENALTIES, "suffix": ("",)}, _HINTS)
     fields.harmless("user")
@@ -108,7 +109,7 @@ def chat(body: dict[str, Any], models: tuple[str, ...], limits: Limits) -> Order
         raise bad(f"max_tokens is {tokens} and max_completion_tokens {newer}: give one.", "max_completion_tokens")
     n = _count(fields, 1, limits)
     tokens = tokens or newer or min(CHAT_TOKENS, limits.tokens)
-    _bounded(n, tokens, logprobs, limits)
+    _bounded(n * tokens, logprobs, limits)
     options = _options(fields, tokens, logprobs) | {"score_prompt": False}
     stream, include_usage = _stream(fields)
     fields.unsupported({**_PENALTIES, **_UNSUPPORTED}, _HINTS)
@@ -142,13 +143,12 @@ def _count(fields: Fields, num_prompts: int, limits: Limits) -> int:
     return n
 
 
-def _bounded(texts: int, tokens: int, logprobs: int | None, limits: Limits) -> None:
+def _bounded(tokens: int, logprobs: int | None, limits: Limits) -> None:
     """Refused where an answer could become too large to hold for a client that does not read it."""
-    scores = texts * tokens * (1 + (logprobs or 0))
-    if scores > max(limits.scores, limits.tokens):
-        what = f"{texts} texts x {tokens} tokens x (1 + logprobs) are {scores:,}"
-        message = f"{what}: at most {limits.scores:,} are allowed."
-        raise bad(message, "max_tokens")
+    scores, most = tokens * (1 + (logprobs or 0)), max(limits.scores, limits.tokens)
+    if scores > most:
+        what = f"{tokens:,} tokens of all texts x (1 + logprobs) are {scores:,}"
+        raise bad(f"{what}: at most {most:,} are allowed in a request.", "max_tokens")
 
 
 def _options(fields: Fields, tokens: int, logprobs: int | None) -> dict[str, Any]:

@@ -51,6 +51,18 @@ def test_a_prompt_never_outgrows_the_block_and_ends_with_the_assistant(messages,
     assert 0 <= prompt.left_out < max(1, len(turns))
 
 
+def test_many_turns_are_counted_a_few_times():
+    counts = []
+
+    def count(text):
+        counts.append(text)
+        return len(text)
+
+    prompt = prompt_of([Message("user", str(i)) for i in range(1000)], count, 100)
+    assert prompt.text.endswith("User: 999\nAssistant:") and len(prompt.text) <= 75 and len(counts) < 20
+    assert len(written([Message("user", str(i)) for i in range(prompt.left_out - 1, 1000)])) > 75
+
+
 @given(st.lists(st.text(" \nab")))
 def test_the_lead_of_an_answer_is_cut_however_it_is_sliced(pieces):
     lead = Lead()

@@ -20,5 +20,5 @@ def alone(run):
 @pytest.fixture(scope="session")
 def served(run):
     """A server with 4 slots and a queue of 8. Leave it idle."""
-    with Served([run], ["--slots", 4, "--queue", 8, "--max-tokens", 1_000_000]) as server:
+    with Served([run], ["--slots", 4, "--queue", 8, "--max-tokens", 10_000_000]) as server:
         yield server

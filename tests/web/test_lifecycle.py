@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import httpx
 import psutil
 import pytest
 
@@ -132,10 +133,21 @@ def test_health_tells_while_the_process_is_gone(run):
             server.child.send_signal(signal.SIGKILL)
             wait_until(lambda: server.client.get("/health").status_code == 503, "503")
             assert server.health()["status"] == "down" and server.counter("cllm_inference_alive") == 0
+            down = wait_until(lambda: _refused(server), "503 for requests")
+            assert down.json()["error"]["code"] == "inference_down" and down.headers["retry-after"] == "10"
         finally:
             os.rename(moved, run)
         wait_until(lambda: server.client.get("/health").status_code == 200, "the new process")
         server.complete(max_tokens=2)
+
+
+def _refused(server):
+    """The answer to a request, where it is 503."""
+    try:
+        response = server.client.post("/v1/completions", json=SHORT, timeout=0.5)
+    except httpx.TimeoutException:
+        return None  # it waits for the first try to start the process again
+    return response if response.status_code == 503 else None
 
 
 def test_no_process_survives_a_server_that_is_killed(run):

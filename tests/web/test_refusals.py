@@ -30,11 +30,11 @@ WRONG = [
     ({"prompt": [257]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [1] * 65}, "prompt"),
     ({"prompt": "a" * 65}, "prompt"), ({"prompt": [10**19]}, "prompt"), ({"prompt": ["a"] * 1000}, "prompt"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"),
-    ({"max_tokens": True}, "max_tokens"), ({"max_tokens": 10**7}, "max_tokens"), ({"max_tokens": "2"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"), ({"max_tokens": 10**8}, "max_tokens"), ({"max_tokens": "2"}, "max_tokens"),
     ({"temperature": 3}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"temperature": "1"}, "temperature"),
     ({"top_p": 1.1}, "top_p"), ({"top_k": 0}, "top_k"), ({"min_p": 2}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
-    ({"n": 8, "max_tokens": 900_000}, "max_tokens"), ({"max_tokens": 100_000, "logprobs": 20}, "max_tokens"),
+    ({"n": 8, "max_tokens": 9_000_000}, "max_tokens"), ({"max_tokens": 1_000_000, "logprobs": 20}, "max_tokens"),
     ({"n": 0}, "n"), ({"n": 1000}, "n"), ({"best_of": 3}, "best_of"), ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"), ({"stop": ["a"] * 5}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 1}, "stop"),
     ({"stop": "x" * 257}, "stop"), ({"echo": 1}, "echo"), ({"stream": "yes"}, "stream"),
@@ -70,6 +70,11 @@ def error_of(response, status=400):
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:40]))
 def test_what_is_no_strict_json_is_refused(served, body):
     assert BODIES[body] in error_of(served.client.post("/v1/completions", content=body))["message"]
+
+
+def test_a_name_that_has_no_bytes_is_refused_all_the_same(served):
+    body = json.dumps(GOOD | {"\ud800": 1})  # in escapes
+    assert error_of(served.client.post("/v1/completions", content=body))["param"] == "\ud800"
 
 
 @pytest.mark.parametrize(("change", "param"), WRONG, ids=str)
@@ -128,7 +133,7 @@ def test_models_paths_and_methods_that_do_not_exist(served):
 
 
 def test_a_body_that_is_too_large_is_not_read(served):
-    error_of(served.client.post("/v1/completions", content=b" " * ((4 << 20) + 1)), 413)
+    error_of(served.client.post("/v1/completions", content=b" " * ((1 << 20) + 1)), 413)
     parts = (b" " * (1 << 20) for _ in range(6))  # chunked: its length is not announced
     error_of(served.client.post("/v1/completions", content=parts), 413)
 
