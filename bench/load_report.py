@@ -11,7 +11,8 @@ from cllm_spheres_bench.machine import facts, results_folder, write_results
 from cllm_spheres.units import size
 
 if TYPE_CHECKING:
-    from cllm_spheres_bench.load import Found, Holding, Options
+    from cllm_spheres_bench.load import Found, Options
+    from cllm_spheres_bench.load_server import Holding
 
 GROWTH = 0.10  # of memory, over what warming up took: allocators do not give all back
 SHOWN = 10  # of what was wrong
