@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cllm_spheres.training.launch import Launch
 PROMPTS = ("The ", "def ", "import os\n", "", "class A:\n    ", "for i in range(", "# ", "x = [1, 2")
 ALLOWED = (400, 404, 413, 429)  # statuses of what a client does wrong
 DISTINCT = 64  # texts that are written beforehand
+ALONE = 100  # requests of one client alone, half of them for a whole answer
 FUZZERS = 32  # connections that send wrong bodies at once
 
 
@@ -57,6 +58,7 @@ class Found:
     wrong: list[str] = field(default_factory=list)  # what must not be
     latencies: dict[str, list[float]] = field(default_factory=lambda: {"whole": [], "stream": []})
     first: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)  # one client, while nobody else asks
     tokens: int = 0
     seconds: float = 0.0
     again: int = 0  # 429, and asked again
@@ -133,6 +135,10 @@ async def _measure(
     before, found = await server.holding(), Found()
     print(f"{options.clients} clients with {options.requests} requests each, and others that misbehave ...", flush=True)
     await _crowd(server, options, model, expected, found, rng)
+    single = Found()
+    await _ask(server, replace(options, requests=ALONE), model, expected, single, 0)
+    found.wrong += single.wrong
+    found.alone = single.latencies["whole"]
     print(f"{options.bodies:,} wrong bodies ...", flush=True)
     await _fuzz(server, options, model, options.bodies, found, rng)
     after = await server.holding()

@@ -33,7 +33,8 @@ def publish(options: Options, found: Found, before: Holding, after: Holding) -> 
     lines = [*_speed(options, found), "", *_holdings(before, after), "", *_verdict(options, found, wrong)]
     head = f"# A server under load\n\n`{about['command']}`, {where}. Clients and server share the cores.\n\n"
     data = {
-        "latencies_s": found.latencies, "first_s": found.first, "seconds": found.seconds, "tokens": found.tokens,
+        "latencies_s": found.latencies, "first_s": found.first, "alone_s": found.alone,
+        "seconds": found.seconds, "tokens": found.tokens,
         "asked_again": found.again, "statuses": dict(found.statuses), "others": dict(found.others),
         "before": asdict(before), "after": asdict(after), "wrong": wrong,
     }  # fmt: skip
@@ -52,6 +53,7 @@ def _speed(options: Options, found: Found) -> list[str]:
     count = sum(map(len, found.latencies.values()))
     rows = [("a whole answer", found.latencies["whole"]), ("a whole stream", found.latencies["stream"])]
     rows.append(("the first piece of a stream", found.first))
+    rows.append(("a whole answer, one client alone", found.alone))
     table = [f"| {name} | {len(values)} | {_percentiles(values)} |" for name, values in rows if values]
     requests_s, tokens_s = count / found.seconds, found.tokens / found.seconds
     return [

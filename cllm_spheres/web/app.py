@@ -26,6 +26,7 @@ from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 from cllm_spheres.web.requests import Limits, Order, chat, completion, no_model
 
+MOST_EVENTS = 256  # made into JSON at once: a backlog of thousands would hold up all other clients
 BODY_S = 30.0  # for a request's body to come in
 PATHS = ("/v1/models", "/v1/models/{id}", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -195,7 +196,7 @@ class Written(Response):
             await send({"type": "http.response.body", "body": sent_event(refused.body)})
 
     async def _events(self, request: Request) -> AsyncGenerator[list[tuple[int, dict[str, Any]]], None]:
-        """What happened, all that is there at a time. Raises Refused where a text is refused, or time is up."""
+        """What happened, up to MOST_EVENTS at a time. Raises Refused where a text is refused, or time is up."""
         deadline = asyncio.get_running_loop().time() + self.seconds
         while True:
             try:
@@ -204,7 +205,7 @@ class Written(Response):
             except TimeoutError:
                 message = f"The text was not finished within {self.seconds:g} s, the wait in the queue included."
                 raise Refused(504, message, code="timeout") from None
-            while not request.events.empty():
+            while len(events) < MOST_EVENTS and not request.events.empty():
                 events.append(request.events.get_nowait())
             for _, event in events:
                 if "refused" in event:

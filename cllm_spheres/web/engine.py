@@ -78,7 +78,7 @@ class Engine:
         self._ready = False
         self._down = ""  # why it could not be started again, the last time
         self._ids = itertools.count()
-        self._supervisor: asyncio.Task[None] | None = None
+        self.supervisor: asyncio.Task[None] | None = None  # ends only with a mistake of ours
         self._heard = time.monotonic()
         self._text_s = 1.0  # how long a text takes, about
         metrics.show("cllm_queue_length", "Texts that wait.", lambda: self.waiting)
@@ -98,23 +98,19 @@ class Engine:
         """Whether the process of inference can write."""
         return self._ready and self._link is not None and self._link.alive
 
-    @property
-    def pid(self) -> int | None:
-        return self._link.process.pid if self._link and self._link.alive else None
-
     async def start(self) -> None:
         """Load all models. InputError where one cannot be loaded."""
         abouts = await self._open()
         now = int(time.time())
         for number, (name, about) in enumerate(zip(self.setup.runs, abouts, strict=True)):
             self.models[name] = Model(number, since=now, **about)
-        self._supervisor = asyncio.create_task(self._supervise())
+        self.supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
         """End the process."""
-        if self._supervisor:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self.supervisor:
+            self.supervisor.cancel()
+            await asyncio.gather(self.supervisor, return_exceptions=True)
         if self._link:
             await self._link.end()
 

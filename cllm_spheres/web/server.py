@@ -181,7 +181,8 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
             await asyncio.sleep(0.01)
         if not serving.done():
             _announce(settings, bound, engine, say)
-        await asyncio.wait((serving, wished), return_when=asyncio.FIRST_COMPLETED)
+        assert engine.supervisor
+        await asyncio.wait((serving, wished, engine.supervisor), return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
         asyncio.get_running_loop().call_later(GRACE_S, engine.refuse_all)
         left = len(server.server_state.tasks)
@@ -190,6 +191,8 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
             await serving
         except OSError as error:  # another program took the port meanwhile
             raise _cannot_bind(settings.host, settings.port, error) from None
+        if not stop.number:
+            await engine.supervisor  # raises what it ended with
         quick = time.monotonic() - began < GRACE_S and not server.force_exit
         raise stop.error(f"{left} requests were in flight{' and are finished' if left and quick else ''}.")
     finally:
