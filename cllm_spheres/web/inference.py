@@ -86,7 +86,6 @@ class Service:
             chat = prompt_of(messages, lambda text: self._length(text), block_size, reserve=options["tokens"])
             prompt, options["stop"] = chat.text, [*chat.stop, *options["stop"]]
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        ids = ids or [tokenizer.eot]
         options["stop"] = tuple(options["stop"])
         number = self.writer.begin(ids, Options(**options), order["sample"])
         decoder = StreamDecoder(tokenizer, () if options["score_prompt"] else ids) if order["names"] else None
@@ -104,7 +103,7 @@ class Service:
         block_size = self.model.shape.block_size
         if self.longest and len(text.encode()) > self.longest * block_size:
             raise TooLong(f"The prompt has {len(text):,} characters; the model's block has {block_size} tokens.")
-        ids = self.model.tokenizer.encode(text)
+        ids = self.model.encode(text)
         if len(ids) > block_size:
             raise TooLong(f"The prompt has {len(ids):,} tokens; the model's block has {block_size}.")
         return ids

@@ -23,13 +23,23 @@ def test_a_text_is_the_one_that_a_writer_alone_writes(served, alone):
     assert answer["usage"]["total_tokens"] == 4 + answer["usage"]["completion_tokens"] <= 34
 
 
-@pytest.mark.parametrize("options", [
-    {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.9}, {"repetition_penalty": 1.5}, {"stop": ["X", "V"]},
-])  # fmt: skip
+OPTIONS = ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.9}, {"repetition_penalty": 1.5})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_does_what_it_does_for_a_writer(served, alone, options):
-    expected = alone.text("the ", tokens=40, **{k: tuple(v) if k == "stop" else v for k, v in options.items()})
+    expected = alone.text("the ", tokens=40, **options)
     assert texts(served.complete("the ", max_tokens=40, **options)) == [expected]
     assert expected != alone.text("the ", tokens=40)
+
+
+def test_a_text_ends_before_the_first_stop_string(served, alone):
+    whole = alone.text("the ", tokens=40, temperature=0)
+    stop = [whole[5:8], whole[3:6], "never"]
+    expected = whole[: min(whole.find(part) for part in stop[:2])]
+    answer = served.complete("the ", max_tokens=40, temperature=0, stop=stop)
+    assert texts(answer) == [expected] and answer["choices"][0]["finish_reason"] == "stop"
+    assert texts(served.complete("the ", max_tokens=40, temperature=0, stop=stop[1])) == [whole[: whole.find(stop[1])]]
 
 
 def test_prompts_in_every_form_and_samples_come_in_order(served, alone):
