@@ -39,9 +39,8 @@ def write(model: Any, order: Order, seconds: float) -> float:
 
 def main() -> None:
     """A turn for each line that comes, until there are no more."""
-    from cllm_spheres_bench.children import end_with
-
     import torch
+    from cllm_spheres_bench.children import end_with
 
     order = Order(**json.loads(Path(sys.argv[1]).read_text()))
     end_with(order.parent)

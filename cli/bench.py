@@ -155,3 +155,31 @@ def faults(
     )  # fmt: skip
     with interruptible("Nothing was written."):
         raise typer.Exit(benchmark.run(options))
+
+
+@bench.command()
+def load(
+    run: Annotated[
+        Path | None, typer.Option(help="The run to serve. Default: a small model after a few steps.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 200,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each client.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 64,
+    bodies: Annotated[int, typer.Option(min=0, help="Bodies that are made wrong at random.")] = 10_000,
+    slots: Annotated[int, typer.Option(min=1, help="Texts that the server writes at once.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of what is wrong, and when.")] = 1,
+    out: Out = None,
+) -> None:
+    """Ask a server much and badly: every text must be right, nothing may leak. Prints throughput and latencies.
+
+    The server is an extra: pip install 'cllm-spheres[web]'.
+    """
+    from cllm_spheres_bench import load as benchmark
+    from cllm_spheres_cli.progress import interruptible
+
+    options = benchmark.Options(
+        run=run, clients=clients, requests=requests, tokens=tokens, bodies=bodies, slots=slots, seed=seed, out=out,
+        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("Nothing was written."):
+        raise typer.Exit(benchmark.run(options))

@@ -1,4 +1,4 @@
-"""What a user says, turn by turn -> what the model answers, piece by piece, with the conversation so far as its prompt."""
+"""What a user says, turn by turn -> the answers, piece by piece, with the conversation so far as their prompt."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Piece:
 
     text_id: int
     text: str  # what became complete
-    tokens: tuple[Scored, ...] = ()
+    tokens: tuple[Scored, ...] = ()  # the new one; the end of text, which is none, where it is to be scored
     prompt: tuple[Scored, ...] | None = None  # once, where it was to be scored
     ended: Ended | None = None  # "stop": by an end of text or a stop string
 
@@ -192,7 +192,8 @@ class Writer:
         logits_V = logits_WV[-1]
         token = self._choose(text, logits_V)
         if token == self.tokenizer.eot:
-            return self._end(text, text.stops.feed(text.decoder.finish()), (), prompt, "stop")
+            end = () if options.logprobs is None else (_scored(token, logits_V, options.logprobs),)
+            return self._end(text, text.stops.feed(text.decoder.finish()), end, prompt, "stop")
         scored = (Scored(token) if options.logprobs is None else _scored(token, logits_V, options.logprobs),)
         text.written += 1
         text.ids.append(token)

@@ -26,6 +26,10 @@ OPTIONS = {
     "generate": "--prompt --prompts --tokens --temperature --top-k --top-p --min-p --repetition-penalty --stop --seed"
     " --samples --beams --length-penalty --best --dtype --threads --json --checkpoint",
     "watch": "--plain --once --svg",
+    "serve": (
+        "--host --port --checkpoint --dtype --slots --threads --queue --max-tokens --timeout --api-key-file"
+        " --allow-host --allow-origin"
+    ),
     "doctor": "--preset --spheres --workers --dtype --run --json",
 }
 

@@ -1,0 +1,1 @@
+"""A trained model behind HTTP: the API that OpenAI's clients speak."""

@@ -1,0 +1,72 @@
+"""A connection of uvicorn's, bounded: in number, in the time to ask, and in the time to take what it asked for.
+
+uvicorn gives a client all the time it likes to send its headers, and to read. Here a reader who leaves what was written
+to it for too long is cut off, and with it its request, its slot and its buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from cllm_spheres.web.refusals import Refused, bad
+
+MOST_CONNECTIONS = 1000
+HEADER_BYTES = 16 << 10
+KEEP_ALIVE_S = 10  # between an answer and the next request
+ASK_S = 20.0  # for a request's line and headers, from when none is under way
+TAKE_S = 60.0  # until a client has read all that was written to it
+
+
+class Connection(H11Protocol):
+    """One client."""
+
+    _asking_since: float | None = None
+    _untaken_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._asking_since = time.monotonic()
+        if len(self.connections) > MOST_CONNECTIONS:
+            full = Refused(503, f"{MOST_CONNECTIONS:,} clients are connected: try again later.", code="too_many")
+            self._say_and_close(full)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what is no HTTP, as JSON."""
+        self._say_and_close(bad(msg, code="invalid_http"))
+
+    def _say_and_close(self, refused: Refused) -> None:
+        body = json.dumps(refused.body).encode()
+        head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        try:
+            events = (h11.Response(status_code=refused.status, headers=head), h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+            self.transport.close()
+        except h11.LocalProtocolError:  # in the middle of an answer: nothing can be said any more
+            self.transport.abort()
+
+    def overdue(self, now: float) -> bool:
+        """Whether the client has had its time; asked about once a second."""
+        if not self.transport.get_write_buffer_size():
+            self._untaken_since = None
+        elif self._untaken_since is None:
+            self._untaken_since = now
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._asking_since = None
+        elif self._asking_since is None:
+            self._asking_since = now
+        asks_too_long = self._asking_since is not None and now - self._asking_since > ASK_S
+        return asks_too_long or (self._untaken_since is not None and now - self._untaken_since > TAKE_S)
+
+
+def sweep(connections: set[Any]) -> None:
+    """Cut off whoever is overdue."""
+    now = time.monotonic()
+    for connection in list(connections):
+        if connection.overdue(now):
+            connection.transport.abort()

@@ -1,0 +1,226 @@
+"""Orders on a socket -> texts: `python -m cllm_spheres.web.inference DESCRIPTOR PARENT_PID`, the web server's child.
+
+It computes and does nothing else, at a lower priority than a training, and ends with its parent. Messages are lines of
+JSON. The first one in names the runs; {"ready": [...]} or {"failed": text} answers it. Then come in
+
+    {"begin": id, "model": number, "prompt": text or ids, "sample": i, "options": {...}, "names": bool}
+    {"begin": id, "model": number, "messages": [...], ...}          a conversation
+    {"cancel": id}
+
+and out goes one line a step with a list of what happened to which text:
+
+    {"id": id, "begun": tokens of the prompt, "prompt": its text}
+    {"id": id, "text": piece, "new": tokens, "scored": [...], "scored_prompt": [...], "ended": "stop"|"length"}
+    {"id": id, "refused": message, "status": 400 or 500}
+
+A scored token is [its bytes, log-probability, [[bytes, log-probability] of the likeliest], characters it completed],
+with bytes as latin-1, or null for the end of text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from cllm_spheres.errors import InputError, SpheresError
+from cllm_spheres.inference.conversation import Message, prompt_of
+from cllm_spheres.inference.model import Model, load
+from cllm_spheres.inference.options import Options
+from cllm_spheres.inference.writer import Piece, Scored, Writer
+from cllm_spheres.spheres.server import die_with, ignore_signals
+from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer
+
+NICE = 5  # a training on the same cores goes first
+READ_BYTES = 1 << 16
+LEAST = -9999.0  # OpenAI's log-probability of what cannot be; JSON has no infinity
+
+
+@dataclass
+class Text:
+    """One text being written. The decoder counts the characters that each token completes, where that is asked."""
+
+    id: int
+    prompt_ids: list[int]
+    decoder: StreamDecoder | None
+
+
+@dataclass
+class Service:
+    """A model, its writer, and the texts that it writes, by the writer's numbers."""
+
+    model: Model
+    writer: Writer
+    longest: int | None  # bytes of the longest token; None where there is no such bound
+    texts: dict[int, Text] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: str, checkpoint: str | None, slots: int, dtype: Any, threads: int | None) -> Service:
+        """Load a run and write a token, so that all is compiled."""
+        model = load(run, checkpoint)
+        writer = Writer(model, slots, dtype=dtype, threads=threads)
+        writer.begin([model.tokenizer.eot], Options(tokens=1))
+        while writer.step():
+            pass
+        bytes_V = model.tokenizer.token_bytes()
+        return cls(model, writer, None if bytes_V is None else int(bytes_V.max()))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the parent knows of a model."""
+        shape = self.model.shape
+        return {"block_size": shape.block_size, "vocab_size": shape.vocab_size, "longest": self.longest}
+
+    def begin(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Give the order to the writer; what to say about it."""
+        tokenizer, options = self.model.tokenizer, dict(order["options"])
+        prompt = order.get("prompt")
+        if "messages" in order:
+            messages = [Message(**message) for message in order["messages"]]
+            block_size = self.model.shape.block_size
+            chat = prompt_of(messages, lambda text: self._length(text), block_size, reserve=options["tokens"])
+            prompt, options["stop"] = chat.text, [*chat.stop, *options["stop"]]
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        options["stop"] = tuple(options["stop"])
+        number = self.writer.begin(ids, Options(**options), order["sample"])
+        decoder = StreamDecoder(tokenizer, () if options["score_prompt"] else ids) if order["names"] else None
+        self.texts[number] = Text(order["begin"], ids, decoder)
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        return {"id": order["begin"], "begun": len(ids), "prompt": text if order["echo"] else ""}
+
+    def _length(self, text: str) -> int:
+        """Tokens of a text; at least so many where it is too long for the block whatever they are."""
+        least = len(text.encode()) // self.longest if self.longest else 0
+        return least if least > self.model.shape.block_size else len(self.model.tokenizer.encode(text))
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids. InputError for what is too long whatever its tokens are: it is not worth encoding."""
+        block_size = self.model.shape.block_size
+        if self.longest and len(text.encode()) > self.longest * block_size:
+            raise TooLong(f"The prompt has {len(text):,} characters; the model's block has {block_size} tokens.")
+        ids = self.model.encode(text)
+        if len(ids) > block_size:
+            raise TooLong(f"The prompt has {len(ids):,} tokens; the model's block has {block_size}.")
+        return ids
+
+    def step(self) -> list[dict[str, Any]]:
+        """One token more of every text."""
+        if not self.texts:
+            return []
+        try:
+            pieces = self.writer.step()
+        except SpheresError as error:  # logits that are not finite: all of them are in doubt
+            refused = [{"id": text.id, "refused": str(error), "status": 500} for text in self.texts.values()]
+            for number in self.texts:
+                self.writer.cancel(number)
+            self.texts.clear()
+            return refused
+        return [self._told(piece) for piece in pieces if piece.text_id in self.texts]
+
+    def _told(self, piece: Piece) -> dict[str, Any]:
+        text = self.texts.pop(piece.text_id) if piece.ended else self.texts[piece.text_id]
+        eot = self.model.tokenizer.eot
+        told: dict[str, Any] = {"id": text.id, "text": piece.text, "new": sum(t.token != eot for t in piece.tokens)}
+        if text.decoder:
+            tokenizer = self.model.tokenizer
+            if piece.prompt is not None:
+                told["scored_prompt"] = [_scored(tokenizer, text.decoder, scored) for scored in piece.prompt]
+            told["scored"] = [_scored(tokenizer, text.decoder, scored) for scored in piece.tokens]
+        if piece.ended:
+            told["ended"] = piece.ended
+        return told
+
+    def cancel(self, id: int) -> None:
+        for number, text in self.texts.items():
+            if text.id == id:
+                self.writer.cancel(number)
+                del self.texts[number]
+                return
+
+
+class TooLong(InputError):
+    """A prompt that does not fit into the block."""
+
+
+def _scored(tokenizer: Tokenizer, decoder: StreamDecoder, scored: Scored) -> list[Any]:
+    top = [[_name(tokenizer, token), max(logprob, LEAST)] for token, logprob in scored.top]
+    logprob = None if scored.logprob is None else max(scored.logprob, LEAST)
+    return [_name(tokenizer, scored.token), logprob, top, len(decoder.feed(scored.token))]
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str | None:
+    return None if token == tokenizer.eot else tokenizer.token_piece(token).decode("latin-1")
+
+
+class Inference:
+    """Obeys what comes over the socket between steps."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.services: list[Service] = []
+        self._unread = b""
+
+    def say(self, message: Any) -> None:
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def serve(self) -> None:
+        """Until the parent closes its end."""
+        lines = self.read(wait=True)
+        if not lines:
+            return
+        order = json.loads(lines[0])
+        try:
+            for run, checkpoint in order["runs"]:
+                self.services.append(Service.of(run, checkpoint, order["slots"], order["dtype"], order["threads"]))
+        except SpheresError as error:
+            self.say({"failed": str(error)})
+            return
+        self.say({"ready": [service.about for service in self.services]})
+        while (lines := self.read(wait=not any(service.texts for service in self.services))) is not None:
+            told = [answer for line in lines for answer in self.obey(json.loads(line))]
+            for service in self.services:
+                told += service.step()
+            if told:
+                self.say(told)
+
+    def read(self, wait: bool) -> list[bytes] | None:
+        """The lines that have come; with `wait` at least one. None where the parent has gone."""
+        lines: list[bytes] = []
+        while select.select([self.connection], [], [], None if wait and not lines else 0)[0]:
+            data = self.connection.recv(READ_BYTES)
+            if not data:
+                return None
+            *more, self._unread = (self._unread + data).split(b"\n")
+            lines += more
+        return lines
+
+    def obey(self, order: dict[str, Any]) -> list[dict[str, Any]]:
+        if "cancel" in order:
+            for service in self.services:
+                service.cancel(order["cancel"])
+            return []
+        try:
+            return [self.services[order["model"]].begin(order)]
+        except InputError as error:
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
+            return [{"id": order["begin"], "refused": str(error), "status": 400, "code": code}]
+
+
+def main() -> None:
+    """The child's process."""
+    die_with(int(sys.argv[2]))
+    ignore_signals()
+    os.nice(NICE)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and so are we
+        Inference(socket.socket(fileno=int(sys.argv[1]))).serve()
+    sys.stderr.flush()
+    os._exit(0)  # a writer's threads need not be waited for
+
+
+if __name__ == "__main__":
+    main()
