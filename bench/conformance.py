@@ -234,7 +234,7 @@ def _greedy(place: Path, library: Any) -> Iterator[Row]:
         ours = list(ids)
         for _ in range(GREEDY):
             ours.append(int(model.logits(ours)[-1].argmax()))
-        by_llama.append(llama.greedy(ids, GREEDY) == ours[len(ids) :])
+        by_llama.append(list(llama.greedy(ids, GREEDY)) == ours[len(ids) :])
         written = theirs.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=GREEDY,
             eos_token_id=-1,

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cllm_spheres_bench.generation_report import report
+from cllm_spheres_bench.generation_report import LLAMA, MEMORY, OURS, TORCH, report
 from cllm_spheres_bench.llama import Llama, load_library
 from cllm_spheres_bench.machine import facts, installed, results_folder, spread, write_results
 from cllm_spheres_bench.peer_torch import Order, Variant
@@ -61,11 +62,11 @@ class Side:
     """One way to write a size's texts, and what its turns gave."""
 
     size: str
-    name: str  # cllm-spheres, llama.cpp, PyTorch; or memory
+    name: str
     dtype: str
     threads: int
     texts: int
-    turn: Callable[[], float] = field(repr=False)
+    turn: Callable[[], float]
     found: list[float] = field(default_factory=list)  # tokens/s; of memory bytes/s
     weight_bytes: int = 0  # read for each pass
 
@@ -178,14 +179,11 @@ def sides_of(size: Size, options: Options, folder: Path, stack: contextlib.ExitS
         buffer = new_arena(weight_bytes // 4)
         buffer[:] = 1
         for threads in options.threads:
-            yield Side(size.name, "memory", dtype, threads, 1,
-                       lambda b=buffer, t=threads: memory_turn(b, t, options.seconds), weight_bytes=weight_bytes)  # fmt: skip
+            turn = partial(memory_turn, buffer, threads, options.seconds)
+            yield Side(size.name, MEMORY, dtype, threads, 1, turn, weight_bytes=weight_bytes)
             for texts in options.texts:
-                yield Side(
-                    size.name, "cllm-spheres", dtype, threads, texts,
-                    lambda d=dtype, t=threads, n=texts: our_turn(model, d, t, n, options.seconds),
-                    weight_bytes=weight_bytes,
-                )  # fmt: skip
+                turn = partial(our_turn, model, dtype, threads, texts, options.seconds)
+                yield Side(size.name, OURS, dtype, threads, texts, turn, weight_bytes=weight_bytes)
         if options.llama is not None:
             file = folder / f"{size.name}-{dtype}.gguf"
             export(run, "gguf", file, dtype=GGUF_DTYPES[dtype])
@@ -193,12 +191,12 @@ def sides_of(size: Size, options: Options, folder: Path, stack: contextlib.ExitS
             for threads in options.threads:
                 llama = Llama(library, file, size.shape.block_size, threads)
                 stack.callback(llama.close)
-                yield Side(size.name, "llama.cpp", dtype, threads, 1,
-                           lambda one=llama: llama_turn(one, size.shape.block_size, options.seconds))  # fmt: skip
+                turn = partial(llama_turn, llama, size.shape.block_size, options.seconds)
+                yield Side(size.name, LLAMA, dtype, threads, 1, turn)
     if importlib.util.find_spec("torch") is not None:
         for threads in options.threads:
             turn = stack.enter_context(torch_turns(size, weights, folder, threads, options.seconds))
-            yield Side(size.name, "PyTorch without a cache", "fp32", threads, 1, turn)
+            yield Side(size.name, TORCH, "fp32", threads, 1, turn)
 
 
 def run(options: Options) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cllm_spheres_bench.machine import markdown
 
-OURS, MEMORY = "cllm-spheres", "memory"
+OURS, LLAMA, TORCH, MEMORY = "cllm-spheres", "llama.cpp", "PyTorch without a cache", "memory"
 
 
 def report(result: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def _rows(sides: list[dict[str, Any]]) -> list[list[str]]:
             rows.append([_name(key), MEMORY, f"{possible:,.0f}", "", f"{memory[key] / 1e9:.1f} GB/s", "100 %"])
             continue
         share, read = "", ""
-        if side["name"] != "PyTorch without a cache":
+        if side["name"] != TORCH:
             read = f"{speed['median'] * weights[key] / 1e9:.1f} GB/s"
             share = f"{speed['median'] * weights[key] / memory[key]:.0%}".replace("%", " %")
         low_high = f"{speed['min']:,.0f} to {speed['max']:,.0f}"

@@ -8,7 +8,7 @@ their length need not be known.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,20 +73,18 @@ class Llama:
             self._library.llama_free(context)
         return np.stack(rows)
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+    def greedy(self, ids: Sequence[int], count: int) -> Iterator[int]:
         """The `count` likeliest tokens after a prompt, one by one with the cache."""
         context = self._library.llama_init_from_model(self._model, self._parameters)
         assert context, "no context"
-        written: list[int] = []
         try:
             pending = list(ids)
             for _ in range(count):
                 self._decode(context, pending, all_rows=False)
                 pending = [int(self._row(context, -1).argmax())]
-                written += pending
+                yield from pending
         finally:
             self._library.llama_free(context)
-        return written
 
     def _decode(self, context: int, ids: Sequence[int], all_rows: bool) -> None:
         tokens = (ctypes.c_int32 * len(ids))(*ids)

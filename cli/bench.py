@@ -130,6 +130,34 @@ def kernels(
 
 
 @bench.command()
+def generation(
+    sizes: Annotated[str, typer.Option(help="Which models, of S1 to S5.")] = "S2,S3,S5",
+    dtypes: Annotated[str, typer.Option(help="Of the weights: fp32, bf16.")] = "fp32,bf16",
+    threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
+    texts: Annotated[str, typer.Option(help="Numbers of texts that we write at once.")] = "1,4,16,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Length of a turn, at least one text.")] = 2.0,
+    llama: Annotated[
+        Path | None,
+        typer.Option(help="The unpacked npm package @node-llama-cpp/linux-x64, to compare with llama.cpp."),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Write with the same models here, in llama.cpp and in PyTorch, in turn, beside what memory gives."""
+    from cllm_spheres_bench import generation as benchmark
+    from cllm_spheres_bench.sizes import chosen_sizes
+    from cllm_spheres_cli.progress import interruptible
+
+    options = benchmark.Options(
+        sizes=chosen_sizes(sizes), dtypes=_words(dtypes, "--dtypes", tuple(benchmark.GGUF_DTYPES)),
+        threads=benchmark.numbers(threads, "--threads"), texts=benchmark.numbers(texts, "--texts"), seconds=seconds,
+        repeats=repeats, llama=llama, out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("The sizes measured until then are written."):
+        raise typer.Exit(benchmark.run(options))
+
+
+@bench.command()
 def faults(
     kills: Annotated[int, typer.Option(min=1, help="SIGKILLs, shared out among the numbers of workers.")] = 200,
     workers: Annotated[str, typer.Option(help="Numbers of workers.")] = "1,2,7,16",

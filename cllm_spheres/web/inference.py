@@ -79,7 +79,7 @@ class Service:
     def begin(self, order: dict[str, Any]) -> dict[str, Any]:
         """Give the order to the writer; what to say about it."""
         tokenizer, options = self.model.tokenizer, dict(order["options"])
-        prompt = order.get("prompt")
+        prompt: str | list[int] = order.get("prompt", "")
         if "messages" in order:
             messages = [Message(**message) for message in order["messages"]]
             block_size = self.model.shape.block_size
