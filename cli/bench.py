@@ -59,7 +59,7 @@ def peers(
 ) -> None:
     """Train the same models with cllm-spheres and with PyTorch, in turn, and print tokens/s, ratio and memory.
 
-    PyTorch is an extra: pip install 'cllm-spheres[bench]'.
+    PyTorch is an extra: pip install 'cllm-spheres\\[bench]'.
     """
     from cllm_spheres_bench import peers as comparison
     from cllm_spheres_bench.sizes import chosen_sizes
@@ -93,7 +93,7 @@ def scaling(
 ) -> None:
     """Train with 1 to 63 workers: tokens/s, efficiency, time by phase, memory, barriers; and a model of more cores.
 
-    The chart as a file is an extra: pip install 'cllm-spheres[plots]'.
+    The chart as a file is an extra: pip install 'cllm-spheres\\[plots]'.
     """
     from cllm_spheres_bench import scaling as benchmark
     from cllm_spheres_cli.progress import interruptible
@@ -115,7 +115,7 @@ def kernels(
 ) -> None:
     """Time each kernel and matrix product alone, on one core, against numpy, OpenBLAS and PyTorch.
 
-    Results of other sizes that are in the folder stay. PyTorch is an extra: pip install 'cllm-spheres[bench]'.
+    Results of other sizes that are in the folder stay. PyTorch is an extra: pip install 'cllm-spheres\\[bench]'.
     """
     from cllm_spheres_bench import kernels as benchmark
     from cllm_spheres_bench.sizes import chosen_sizes
@@ -200,7 +200,7 @@ def load(
 ) -> None:
     """Ask a server much and badly: every text must be right, nothing may leak. Prints throughput and latencies.
 
-    The server is an extra: pip install 'cllm-spheres[web]'.
+    The server is an extra: pip install 'cllm-spheres\\[web]'.
     """
     from cllm_spheres_bench import load as benchmark
     from cllm_spheres_cli.progress import interruptible

@@ -43,7 +43,7 @@ def serve(
 ) -> None:
     """Serve trained models: completions and chat for OpenAI's clients, on this machine.
 
-    The server is an extra: pip install 'cllm-spheres[web]'. Ctrl+C stops it; requests in flight may end.
+    The server is an extra: pip install 'cllm-spheres\\[web]'. Ctrl+C stops it; requests in flight may end.
     """
     from cllm_spheres.errors import InputError
 
