@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from cllm_spheres.inference.options import Options
 from cllm_spheres.inference.writer import Ended, Piece, Scored, Writer
 
-MOST_AT_ONCE = 32  # more are hardly quicker, and each takes memory for its keys and values
-
 
 @dataclass
 class Written:

@@ -7,10 +7,11 @@ B sequences, T tokens, V vocabulary, P parameters.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,19 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.shape import shape_of
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError, nearest
-from cllm_spheres.inference.beam import Beam, beam_search
-from cllm_spheres.inference.many import MOST_AT_ONCE, Written, write_all
 from cllm_spheres.inference.options import options_of
-from cllm_spheres.inference.writer import Writer
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:  # their kernels are compiled when they are imported: by whoever writes, not by whoever trains
+    from cllm_spheres.inference.beam import Beam
+    from cllm_spheres.inference.many import Written
+    from cllm_spheres.inference.writer import Writer
+
 Ids = npt.ArrayLike
+MOST_AT_ONCE = 32  # texts: more are hardly quicker, and each takes memory for its keys and values
 
 
 class Model:
@@ -110,7 +114,10 @@ class Model:
         chosen, all_ids = options_of(options), [self.encode(prompt) for prompt in prompts]
         if samples < 1:
             raise InputError(f"--samples {samples} must be 1 or above.")
-        with self.writer(min(MOST_AT_ONCE, len(prompts) * samples), dtype=dtype, threads=threads) as writer:
+        at_once = min(MOST_AT_ONCE, len(prompts) * samples)
+        with self.writer(at_once, dtype=dtype, threads=threads) as writer:
+            from cllm_spheres.inference.many import write_all
+
             for ids in all_ids:
                 writer.checked(ids)  # all of them, before the first is written
             yield from write_all(writer, all_ids, chosen, samples)
@@ -127,6 +134,9 @@ class Model:
         threads: int | None = None,
     ) -> list[Beam]:
         """The `best` likeliest texts that a beam search of a width finds, the likeliest first: see `beam_search`."""
+        _compile()
+        from cllm_spheres.inference.beam import beam_search
+
         return beam_search(
             self, self.encode(prompt), tokens=tokens, width=width, length_penalty=length_penalty, best=best,
             dtype=dtype, threads=threads,
@@ -136,10 +146,17 @@ class Model:
         """The ids of a prompt; an empty one is an end of text, behind which a text begins."""
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
 
+    def new_writer(self, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> Writer:
+        """A `Writer` of these weights as they are now; whoever takes it closes it."""
+        _compile()
+        from cllm_spheres.inference.writer import Writer
+
+        return Writer(self, slots, dtype=dtype, threads=threads)
+
     @contextlib.contextmanager
     def writer(self, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> Iterator[Writer]:
-        """A `Writer` of these weights as they are now."""
-        writer = Writer(self, slots, dtype=dtype, threads=threads)
+        """`new_writer`, closed at the end."""
+        writer = self.new_writer(slots, dtype=dtype, threads=threads)
         try:
             yield writer
         finally:
@@ -169,6 +186,17 @@ class Model:
                 f"Ids go from {array.min()} to {array.max()}; the vocabulary is 0 to {self.shape.vocab_size - 1}."
             )
         return np.ascontiguousarray(array, np.int32)
+
+
+def _compile() -> None:
+    """Have the kernels of writing; where that is the first time on this machine, say what takes so long."""
+    from cllm_spheres.crystal import jit
+
+    if jit.is_cold("writing"):
+        print("Compiling the kernels that write, once on this machine: about 20 seconds.", file=sys.stderr, flush=True)
+    import cllm_spheres.inference.writer  # noqa: F401
+
+    jit.mark_warm("writing")
 
 
 def load(run: str | Path, checkpoint: str | int | None = None) -> Model:

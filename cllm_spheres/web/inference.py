@@ -26,15 +26,17 @@ import select
 import socket
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import InputError, SpheresError
 from cllm_spheres.inference.conversation import Message, prompt_of
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options
-from cllm_spheres.inference.writer import Piece, Scored, Writer
 from cllm_spheres.spheres.server import die_with, ignore_signals
 from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from cllm_spheres.inference.writer import Piece, Scored, Writer
 
 NICE = 5  # a training on the same cores goes first
 READ_BYTES = 1 << 16
@@ -63,10 +65,10 @@ class Service:
     def of(cls, run: str, checkpoint: str | None, slots: int, dtype: Any, threads: int | None) -> Service:
         """Load a run and write a token, so that all is compiled."""
         model = load(run, checkpoint)
-        writer = Writer(model, slots, dtype=dtype, threads=threads)
+        writer = model.new_writer(slots, dtype=dtype, threads=threads)
         writer.begin([model.tokenizer.eot], Options(tokens=1))
-        while writer.step():
-            pass
+        while writer.busy:
+            writer.step()
         bytes_V = model.tokenizer.token_bytes()
         return cls(model, writer, None if bytes_V is None else int(bytes_V.max()))
 

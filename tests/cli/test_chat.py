@@ -17,7 +17,9 @@ from tests.runs import COMMAND, WAIT_S, corpus, text, train_whole  # noqa: F401
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):  # noqa: F811
     """A run with a block that a few turns fit in."""
-    return train_whole(corpus, tmp_path_factory.mktemp("chat") / "run", steps=40, block_size=96).run
+    run = train_whole(corpus, tmp_path_factory.mktemp("chat") / "run", steps=40, block_size=96).run
+    assert talk(run, "/exit").returncode == 0  # where the kernels are compiled now, it says so
+    return run
 
 
 def talk(run, *lines, **options):
