@@ -63,6 +63,7 @@ class Found:
     seconds: float = 0.0
     again: int = 0  # 429, and asked again
     statuses: Counter[int] = field(default_factory=Counter)  # of wrong bodies
+    calm: Found | None = None  # the same of good clients alone
     others: Counter[str] = field(default_factory=Counter)  # what was done beside
 
 
@@ -133,11 +134,14 @@ async def _measure(
         await _crowd(server, options, model, expected, Found(), rng)
     await _fuzz(server, options, model, min(options.bodies, 1000), Found(), rng)
     before, found = await server.holding(), Found()
-    print(f"{options.clients} clients with {options.requests} requests each, and others that misbehave ...", flush=True)
+    print(f"{options.clients} clients with {options.requests} requests each ...", flush=True)
+    found.calm = Found()
+    await _crowd(server, options, model, expected, found.calm, None)
+    print("The same, and others that misbehave ...", flush=True)
     await _crowd(server, options, model, expected, found, rng)
     single = Found()
     await _ask(server, replace(options, requests=ALONE), model, expected, single, 0)
-    found.wrong += single.wrong
+    found.wrong += found.calm.wrong + single.wrong
     found.alone = single.latencies["whole"]
     print(f"{options.bodies:,} wrong bodies ...", flush=True)
     await _fuzz(server, options, model, options.bodies, found, rng)
@@ -146,14 +150,15 @@ async def _measure(
 
 
 async def _crowd(
-    server: Server, options: Options, model: str, expected: list[Text], found: Found, rng: random.Random
+    server: Server, options: Options, model: str, expected: list[Text], found: Found, rng: random.Random | None
 ) -> None:
-    """All clients at once; those who misbehave go on until the last good one has its texts."""
+    """All clients at once; with `rng` those who misbehave too, until the last good one has its texts."""
     done = asyncio.Event()
-    others = [_leave, _leave, _break, _break, _stall] * max(1, options.clients // 25)
-    beside = [asyncio.create_task(one(server, options, model, found, rng, done)) for one in others]
+    others = [_leave, _leave, _break, _break, _stall] * max(1, options.clients // 25) if rng else []
+    beside = [asyncio.create_task(one(server, options, model, found, rng, done)) for one in others if rng]
     good = [_ask(server, options, model, expected, found, number) for number in range(options.clients)]
-    slow = [_read_slowly(server, options, model, expected, found, n) for n in range(max(1, options.clients // 10))]
+    num_slow = max(1, options.clients // 10) if rng else 0
+    slow = [_read_slowly(server, options, model, expected, found, n) for n in range(num_slow)]
     slowly, began = asyncio.gather(*slow, return_exceptions=True), time.perf_counter()
     outcomes = await asyncio.gather(*good, return_exceptions=True)
     found.seconds = time.perf_counter() - began

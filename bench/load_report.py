@@ -33,9 +33,8 @@ def publish(options: Options, found: Found, before: Holding, after: Holding) -> 
     lines = [*_speed(options, found), "", *_holdings(before, after), "", *_verdict(options, found, wrong)]
     head = f"# A server under load\n\n`{about['command']}`, {where}. Clients and server share the cores.\n\n"
     data = {
-        "latencies_s": found.latencies, "first_s": found.first, "alone_s": found.alone,
-        "seconds": found.seconds, "tokens": found.tokens,
-        "asked_again": found.again, "statuses": dict(found.statuses), "others": dict(found.others),
+        "calm": _figures(found.calm), "disturbed": _figures(found), "alone_s": found.alone,
+        "statuses": dict(found.statuses), "others": dict(found.others),
         "before": asdict(before), "after": asdict(after), "wrong": wrong,
     }  # fmt: skip
     text = "\n".join(lines) + "\n"
@@ -50,17 +49,25 @@ def leaks(before: dict[str, int], after: dict[str, int]) -> list[str]:
 
 
 def _speed(options: Options, found: Found) -> list[str]:
-    count = sum(map(len, found.latencies.values()))
-    rows = [("a whole answer", found.latencies["whole"]), ("a whole stream", found.latencies["stream"])]
-    rows.append(("the first piece of a stream", found.first))
+    assert found.calm
+    rows, said = [], []
+    for who, one in (("good clients only", found.calm), ("bad ones beside", found)):
+        count = sum(map(len, one.latencies.values()))
+        said.append(
+            f"{who.capitalize()}: {count:,} requests in {one.seconds:.1f} s, **{count / one.seconds:.0f} requests/s,"
+            f" {one.tokens / one.seconds:,.0f} tokens/s**; {one.again} were asked again after 429."
+        )
+        rows += [
+            (f"a whole answer, {who}", one.latencies["whole"]),
+            (f"a whole stream, {who}", one.latencies["stream"]),
+        ]
+        rows.append((f"the first piece of a stream, {who}", one.first))
     rows.append(("a whole answer, one client alone", found.alone))
     table = [f"| {name} | {len(values)} | {_percentiles(values)} |" for name, values in rows if values]
-    requests_s, tokens_s = count / found.seconds, found.tokens / found.seconds
     return [
-        f"{options.clients} clients at once, {count:,} requests of {options.tokens} tokens or fewer, {options.slots}"
-        f" slots, in {found.seconds:.1f} s: **{requests_s:.0f} requests/s, {tokens_s:,.0f} tokens/s**.",
-        f"{found.again} were asked again after 429.",
-        "Beside them: " + ", ".join(f"{count} {what}" for what, count in sorted(found.others.items())) + ".", "",
+        f"{options.clients} clients at once, texts of {options.tokens} tokens or fewer, {options.slots} slots:"
+        " most of a latency is the wait for a slot.", "", *(f"- {line}" for line in said), "",
+        "The bad ones: " + ", ".join(f"{count} {what}" for what, count in sorted(found.others.items())) + ".", "",
         "| seconds until | number | p50 | p95 | p99 | longest |", "|---|--:|--:|--:|--:|--:|", *table,
     ]  # fmt: skip
 
@@ -77,6 +84,14 @@ def _holdings(before: Holding, after: Holding) -> list[str]:
             shown = [size(value) for value in shown]
         lines.append(f"| {title} | {shown[0]} | {shown[1]} |")
     return lines
+
+
+def _figures(found: Found | None) -> dict[str, Any]:
+    assert found
+    return {
+        "latencies_s": found.latencies, "first_s": found.first, "seconds": found.seconds, "tokens": found.tokens,
+        "asked_again": found.again,
+    }  # fmt: skip
 
 
 def _verdict(options: Options, found: Found, wrong: list[str]) -> list[str]:

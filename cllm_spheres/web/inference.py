@@ -87,7 +87,7 @@ class Service:
             block_size = self.model.shape.block_size
             chat = prompt_of(messages, lambda text: self._length(text), block_size, reserve=options["tokens"])
             prompt, options["stop"] = chat.text, [*chat.stop, *options["stop"]]
-        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        ids: list[int] = self._encode(prompt) if isinstance(prompt, str) else order["prompt"]
         options["stop"] = tuple(options["stop"])
         number = self.writer.begin(ids, Options(**options), order["sample"])
         decoder = StreamDecoder(tokenizer, () if options["score_prompt"] else ids) if order["names"] else None
