@@ -281,7 +281,8 @@ def test_metrics_count_what_happened(served):
     ]
     asked = served.counter('cllm_prompt_tokens_total{model="run"}')
     served.complete("abc", max_tokens=7)
-    assert served.counter(f"cllm_requests_total{labels}") == before[0] + 1
+    # counted once all is done, which is just after the client has its answer
+    wait_until(lambda: served.counter(f"cllm_requests_total{labels}") == before[0] + 1, "the request to be counted")
     assert served.counter('cllm_generated_tokens_total{model="run"}') == before[1] + 7
     assert served.counter('cllm_prompt_tokens_total{model="run"}') == asked + 3
     served.client.get("/a/path/of/somebody")
