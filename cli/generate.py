@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,8 +166,9 @@ def _stream(model: Model, prompt: str, options: dict[str, Any]) -> None:
     import sys
 
     pieces = model.stream(prompt, **options)
+    first = next(pieces, "")  # what cannot be is told before anything is shown
     sys.stdout.write(harmless(prompt))
-    for piece in pieces:
+    for piece in itertools.chain([first], pieces):
         sys.stdout.write(harmless(piece))
         sys.stdout.flush()
     print()

@@ -187,6 +187,7 @@ def test_bad_input_ends_with_2_and_says_what_to_do_and_leaves_nothing(place, cor
     for words in expected:
         assert words.format(**names) in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+    assert not line.startswith("generate") or result.stdout == ""
     assert (contents(place), contents(trained), contents(corpus)) == before
     assert not (place / "runs").exists()
 
