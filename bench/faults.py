@@ -33,6 +33,7 @@ from cllm_spheres.units import duration, size
 SAMPLE_S = 2.0
 KEPT_SAMPLES = 60  # in the file of results; the table is made of all
 GROWS = 0.02  # from the first quarter's median to the last's: more is growth, less is noise
+JUDGED_SAMPLES = 12  # below, a quarter of them is one or two, and may fall into a recovery
 SLOPE_HOURS = 1 / 6  # below, a slope is noise
 
 
@@ -197,7 +198,7 @@ def _report_soak(options: Options, kills: list[Kill], samples: list[Sample], fol
         quarter = max(1, len(values) // 4)
         first, last = np.median(values[:quarter]), np.median(values[-quarter:])
         slope = f"{np.polyfit(at, values, 1)[0]:+.2f}" if at[-1] - at[0] >= SLOPE_HOURS else "too short"
-        grown += [name] * bool(last > first * (1 + GROWS))
+        grown += [name] * bool(len(values) >= JUDGED_SAMPLES and last > first * (1 + GROWS))
         lines.append(
             f"| {name.replace('memory_bytes', 'memory, MB')} | {first:.1f} | {last:.1f} | {slope} |"
             f" {values.min():.1f} | {values.max():.1f} |"
@@ -205,7 +206,10 @@ def _report_soak(options: Options, kills: list[Kill], samples: list[Sample], fol
     seconds = [kill.seconds for kill in kills]
     p50, p95 = np.percentile(seconds, [50, 95])
     lines += ["", f"Recovery: p50 {p50:.3f} s, p95 {p95:.3f} s, longest {max(seconds):.3f} s.", ""]
-    lines += [f"It grew: {', '.join(grown)}." if grown else "Nothing grew from the first quarter to the last."]
+    nothing = "Nothing grew from the first quarter to the last."
+    if len(steady) < JUDGED_SAMPLES:
+        nothing = f"{len(steady)} samples are too few to say whether it grew."
+    lines += [f"It grew: {', '.join(grown)}." if grown else nothing]
     kept = samples[:: max(1, len(samples) // KEPT_SAMPLES)]
     data = {"kills": [asdict(kill) for kill in kills], "samples": [asdict(sample) for sample in kept]}
     _publish(folder, "soak", "Killed for a long time", options, lines, data)

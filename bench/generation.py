@@ -1,6 +1,6 @@
 """`cllm-spheres bench generation`: how fast the same model writes here, in llama.cpp and in PyTorch, in turn.
 
-Each turn writes texts of a block's length from one token on. Beside the tokens a second stands what memory gives: a
+Each turn writes texts of up to a block's length from one token on, for some seconds. Beside the tokens a second stands what memory gives: a
 buffer of the size of the weights is read in turn too, by as many threads, and a token needs all weights once.
 """
 
@@ -97,15 +97,15 @@ def make_run(size: Size, folder: Path) -> Path:
 def our_turn(model: Model, dtype: str, threads: int, texts: int, seconds: float) -> float:
     """Tokens/s of so many texts at once, without the reading of their prompts."""
     options = Writing(tokens=model.shape.block_size - 1, temperature=0)
-    with model.writer(texts, dtype=dtype, threads=threads) as writer:
-        tokens, took, first = 0, 0.0, 1
-        while took < seconds:
+    tokens, took, first = 0, 0.0, 1
+    while took < seconds:
+        with model.writer(texts, dtype=dtype, threads=threads) as writer:
             for text in range(texts):
                 writer.begin([(first + text) % model.tokenizer.eot], options)
             first += texts
             writer.step()
             began = time.perf_counter()
-            while writer.busy:
+            while writer.busy and took + time.perf_counter() - began < seconds:
                 tokens += sum(len(piece.tokens) for piece in writer.step())
             took += time.perf_counter() - began
     return tokens / took
@@ -118,8 +118,12 @@ def llama_turn(llama: Llama, block_size: int, seconds: float) -> float:
         written = llama.greedy([first], block_size - 1)
         next(written)
         began = time.perf_counter()
-        tokens += sum(1 for _ in written)
+        for _ in written:
+            tokens += 1
+            if took + time.perf_counter() - began >= seconds:
+                break
         took += time.perf_counter() - began
+        written.close()
         first += 1
     return tokens / took
 

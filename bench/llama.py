@@ -8,7 +8,7 @@ their length need not be known.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class Llama:
             self._library.llama_free(context)
         return np.stack(rows)
 
-    def greedy(self, ids: Sequence[int], count: int) -> Iterator[int]:
+    def greedy(self, ids: Sequence[int], count: int) -> Generator[int, None, None]:
         """The `count` likeliest tokens after a prompt, one by one with the cache."""
         context = self._library.llama_init_from_model(self._model, self._parameters)
         assert context, "no context"

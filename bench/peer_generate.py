@@ -2,7 +2,7 @@
 
     python -m cllm_spheres_bench.peer_generate ORDER.json
 
-Every token is drawn from the logits of the whole window, which is cut to the block. Prints one line of JSON a turn,
+Every token is drawn from the logits of a whole window, as long as the block. Prints one line of JSON a turn,
 {"tokens_per_s": ...}, for each line on standard input.
 """
 
@@ -19,17 +19,18 @@ from typing import Any
 from cllm_spheres_bench.peer_torch import Order, Variant, build_model, load_weights
 
 TEMPERATURE = 0.8
+LEAST_TOKENS = 3
 
 
 def write(model: Any, order: Order, seconds: float) -> float:
-    """Tokens a second of one text, from one token on."""
+    """Tokens a second of one text that fills the block already."""
     import torch
     from torch.nn import functional as F
 
-    ids_BT = torch.ones((1, 1), dtype=torch.int64)
+    ids_BT = torch.ones((1, order.block_size), dtype=torch.int64)
     began, count = time.perf_counter(), 0
     with torch.no_grad():
-        while time.perf_counter() - began < seconds or count < order.block_size:
+        while time.perf_counter() - began < seconds or count < LEAST_TOKENS:
             logits_BV = model.next_logits(ids_BT[:, -order.block_size :]) / TEMPERATURE
             following = torch.multinomial(F.softmax(logits_BV, -1), 1)
             ids_BT = torch.cat((ids_BT, following), 1)

@@ -101,7 +101,7 @@ def choose_token(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, 
     weights = floats(scratch + 4 * vocab_size, vocab_size)
     ids = carray(pointer(scratch + 8 * vocab_size), vocab_size, np.int32)
     for i in range(vocab_size):
-        bits = bits_of_float(logits_V[i])
+        bits = bits_of_float(logits_V[i] + f4(0))  # -0 is 0
         keys[i] = bits if bits >= 0 else bits ^ _SIGN_OFF  # ordered as the logits are
         weights[i] = logits_V[i]
         ids[i] = i

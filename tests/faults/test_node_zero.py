@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.training import session
 from cllm_spheres.training.control import _address
 from cllm_spheres.training.launch import Launch
 from tests.faults.amounts import amount
-from tests.runs import Outcome, finished, lives, shared_files, start, train_whole
+from tests.runs import Outcome, finished, lives, shared_files, start, train_whole, wait_until
 
 OPTIONS = dict(spheres=7, batch_size=7, steps=6000, eval_every=500, save_every=200, eval_tokens=200)
 KILLS, WORKERS = amount(8, 100), (1, 2, 7)
@@ -25,6 +26,11 @@ def family(node_zero: int) -> list[psutil.Process]:
     """Node Zero and all below it, as far as they have been started."""
     process = psutil.Process(node_zero)
     return [process, *process.children(recursive=True)]
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, -1 for none."""
+    return max(Store(run).steps(), default=-1)
 
 
 def sockets(run: Path) -> bool:
@@ -42,7 +48,11 @@ def test_node_zero_killed_at_random_leaves_nothing_and_every_run_ends_in_the_sam
         run = tmp_path / f"run-{runs}"
         shared = shared_files()
         launch = start(corpus, run, **OPTIONS, workers=rng.choice(WORKERS))
+        saved = -1
         while True:
+            if kills % 3 == 2:  # on a busy machine it would else never come as far as a checkpoint
+                wait_until(lambda: not launch.alive or newest(run) > saved, "a further checkpoint")  # noqa: B023
+                saved = newest(run)
             time.sleep(rng.random() * 1.5)  # while it starts, and while it trains
             if not launch.alive or kills == KILLS:
                 break
