@@ -1,7 +1,8 @@
 """`cllm-spheres bench generation`: how fast the same model writes here, in llama.cpp and in PyTorch, in turn.
 
-Each turn writes texts of up to a block's length from one token on, for some seconds. Beside the tokens a second stands what memory gives: a
-buffer of the size of the weights is read in turn too, by as many threads, and a token needs all weights once.
+Each turn writes texts of up to a block's length from one token on, for some seconds. Beside the tokens a second stands
+what memory gives: a buffer of the size of the weights is read in turn too, by as many threads, and a token needs all
+weights once.
 """
 
 from __future__ import annotations

@@ -20,13 +20,15 @@ from tests.runs import text
 @pytest.mark.parametrize(("texts", "threads"), [(1, 1), (3, 2)])
 def test_a_turn_counts_the_tokens_that_were_written(texts, threads, monkeypatch):
     ticks = iter(range(1000))
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: float(next(ticks)))  # every round takes a second
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: float(next(ticks)))  # every look takes a second
     model = random_model(block_size=24)
     model.parameters["wte.weight"][model.tokenizer.eot] = 0  # no text ends early
     for tensor in ("ln_f.bias",):
         model.parameters[tensor][:] = 1
-    per_s = our_turn(model, "fp32", threads, texts, 0.5)
-    assert 0 < per_s <= texts * (model.shape.block_size - 2)  # the first token of each is not counted
+    seconds, steps = 50, 22  # a text of 24 positions: one was read, and one was written before the clock began
+    per_s = our_turn(model, "fp32", threads, texts, seconds)
+    # A look before and after each step, and one at the end: two texts are whole, a third is cut off.
+    assert per_s == pytest.approx(texts * (2 * steps + 3) / (2 * (steps + 1) + 5), rel=0.1)
 
 
 def test_reading_memory_gives_bytes_a_second():
