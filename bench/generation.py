@@ -116,7 +116,7 @@ def llama_turn(llama: Llama, block_size: int, seconds: float) -> float:
     """Tokens/s of one text after another."""
     tokens, took, first = 0, 0.0, 1
     while took < seconds:
-        written = llama.greedy([first], block_size - 1)
+        written = llama.greedy([first % llama.vocab_size], block_size - 1)
         next(written)
         began = time.perf_counter()
         for _ in written:

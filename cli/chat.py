@@ -78,6 +78,7 @@ def chat(
 
 def _talk(talk: Chat) -> None:
     """Line by line, until the input ends."""
+    asked_to_leave = False
     while True:
         try:
             line = _read_line()
@@ -87,7 +88,12 @@ def _talk(talk: Chat) -> None:
             return
         except KeyboardInterrupt:
             print()
-            raise typer.Exit(ENDED) from None
+            if asked_to_leave or not sys.stdin.isatty():
+                raise typer.Exit(ENDED) from None
+            asked_to_leave = True
+            print("(Ctrl+C again leaves, as Ctrl+D does.)")
+            continue
+        asked_to_leave = False
         if line.strip() == "/exit":
             return
         if not line.strip():
@@ -145,8 +151,8 @@ def _show(talk: Chat, pieces: Iterator[str]) -> None:
             sys.stdout.write(harmless(piece))
             sys.stdout.flush()
     print()
-    if talk.left_out > before:
-        print(f"(The model's block is full: it no longer sees the first {talk.left_out} turns.)", file=sys.stderr)
+    if talk.left_out and not before:
+        print("(The model's block is full: from now on it does not see the oldest turns any more.)", file=sys.stderr)
 
 
 def _changed(options: Options, words: str) -> Options:

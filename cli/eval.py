@@ -75,6 +75,8 @@ def _show(result: Score) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from cllm_spheres.units import plural
+
     what = "the validation part of " if result.part == "val" else ""
     table = Table()
     columns = {
@@ -94,8 +96,8 @@ def _show(result: Score) -> None:
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     lines = [
-        f"Windows of {result.block_size:,} tokens, {result.stride:,} apart, in {result.dtype}; "
-        f"{result.workers} worker{'s' * (result.workers > 1)}, {result.seconds:.1f} s."
+        f"Windows of {plural(result.block_size, 'token')}, {result.stride:,} apart, in {result.dtype}; "
+        f"{plural(result.workers, 'worker')}, {result.seconds:.1f} s."
     ]
     if result.unigram_loss is not None and result.bigram_loss is not None:
         lines.append(

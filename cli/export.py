@@ -43,12 +43,13 @@ def export(
         f" {size(sum(files.values()))}: {', '.join(sorted(files))}."
     )
     if to == "hf":
+        most = max(1, source.shape.block_size - 1)
         print(
             "Next, in Python:\n"
             "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f"  model, tokenizer = (kind.from_pretrained({str(target)!r}) for kind in (AutoModelForCausalLM,"
             " AutoTokenizer))\n"
-            "  print(tokenizer.decode(model.generate(do_sample=True, max_new_tokens=50)[0]))"
+            f"  print(tokenizer.decode(model.generate(do_sample=True, max_new_tokens={most})[0]))"
         )
     else:
-        print(f'Next: llama-cli -m {target} -no-cnv -p "..."')
+        print(f'Next: llama-completion -m {target} -p "..."')

@@ -24,7 +24,10 @@ def generate(
         Path | None,
         typer.Option(help='A file of prompts, one a line; .jsonl: {"prompt": "..."} a line.', metavar="FILE"),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to write; an end of text stops before.")] = 200,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="How many tokens to write; an end of text stops before. Default: 200.", show_default=False),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; 1 samples what the model believes.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability.")] = None,
@@ -69,7 +72,9 @@ def generate(
     if beams is None and (length_penalty is not None or best is not None):
         raise InputError("--length-penalty and --best are for a search: give --beams, such as --beams 4.")
     all_prompts = [prompt or ""] if prompts is None else _read(prompts)
-    how: dict[str, Any] = {"tokens": tokens, "dtype": dtype, "threads": threads}
+    how: dict[str, Any] = {"dtype": dtype, "threads": threads}
+    if tokens is not None:
+        how["tokens"] = tokens
     sampling = dict(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         stop=stop or (), seed=seed,
@@ -140,9 +145,9 @@ def _read(path: Path) -> list[str]:
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-        if isinstance(record["prompt"], str):
+        if record.keys() == {"prompt"} and isinstance(record["prompt"], str):
             return record["prompt"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError(f'{path}, line {number}, is not of the form {{"prompt": "..."}}.')
 

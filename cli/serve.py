@@ -61,12 +61,27 @@ def serve(
         raise InputError(f"--dtype {dtype}: give fp32 or bf16.")
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: give 1 or more, or leave it out.")
+    _check_names(allow_host or [], allow_origin or [])
     setup = Setup(_named(runs), checkpoint, slots, dtype, threads)
     settings = Settings(
         setup, host, port, queue, _key(api_key_file), tuple(allow_host or ()), tuple(allow_origin or ()),
         Limits(tokens=max_tokens, texts=min(128, max(1, queue)), seconds=timeout),
     )  # fmt: skip
     serve_until_signal(settings, lambda line: print(line, flush=True))
+
+
+def _check_names(hosts: list[str], origins: list[str]) -> None:
+    """InputError for a name that no request could have."""
+    import re
+
+    from cllm_spheres.errors import InputError, shown
+
+    for host in hosts:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host):
+            raise InputError(f"--allow-host {shown(host)}: give a name alone, such as models.example.org.")
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[\w.:\[\]-]+/?", origin, re.IGNORECASE):
+            raise InputError(f"--allow-origin {shown(origin)}: give scheme and host, such as https://example.org.")
 
 
 def _named(runs: list[Path]) -> dict[str, Path]:

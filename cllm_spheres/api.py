@@ -23,6 +23,9 @@ class Run:
 
     path: Path
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def metrics(self, kind: str = "step") -> list[dict[str, Any]]:
         """The records of metrics.jsonl of one kind: "step", "eval", "spheres" or "event"; the last of a step wins."""
         from cllm_spheres.events import read
@@ -76,6 +79,8 @@ def train(
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
+    if name := next((name for name in ("from", "from_") if name in options), None):
+        raise InputError(f"There is no option {name!r} in Python, where it is a word of the language: give start_from.")
     with Launch(None if resume or start_from else options) as launch:
         plan, finished = session.make_plan(
             _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config), faults=list(faults),
@@ -100,7 +105,7 @@ def train(
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | Run,
     data: str | Path | None = None,
     *,
     checkpoint: str | int | None = None,

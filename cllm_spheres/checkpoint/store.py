@@ -153,8 +153,14 @@ class Store:
         """The folder of a checkpoint; a step may be digits too. Raises InputError naming what exists."""
         steps = self.steps()
         if not steps:
-            why = "has no checkpoints yet" if self.run.is_dir() else "does not exist"
-            raise InputError(f"The run {self.run} {why}: train one with: cllm-spheres train --run {self.run}")
+            if (self.run / "config.json").is_file():
+                raise InputError(f"{self.run} is a model of another tool: cllm-spheres import {self.run} RUN")
+            if not self.run.is_dir():
+                raise InputError(f"The run {self.run} does not exist: train one with: cllm-spheres train")
+            if not (self.run / "config.toml").is_file():
+                raise InputError(f"{self.run} is not a run: it has neither a config.toml nor checkpoints.")
+            go_on = f"cllm-spheres train --resume --run {self.run}"
+            raise InputError(f"The run {self.run} has no checkpoints yet. It goes on with: {go_on}")
         if isinstance(which, str) and re.fullmatch("[0-9]{1,18}", which):
             which = int(which)
         if which is None or which == BEST:

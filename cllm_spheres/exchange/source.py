@@ -13,7 +13,7 @@ import numpy as np
 
 from cllm_spheres.checkpoint.checkpoint import MODEL, STATE, TOKENIZER, Checkpoint
 from cllm_spheres.checkpoint.files import MANIFEST, read_manifest
-from cllm_spheres.checkpoint.shape import shape_of
+from cllm_spheres.checkpoint.saved_model import model_of
 from cllm_spheres.checkpoint.store import Store, Which
 from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.exchange.gpt2 import shape_of_config
@@ -85,18 +85,11 @@ def open_source(path: Path, which: Which = None) -> Source:
 
 
 def _of_checkpoint(saved: Checkpoint) -> Source:
+    shape, tokenizer = model_of(saved)
     try:
-        shape = shape_of(saved)
         data = saved.tokenizer_path.read_bytes()
-        tokenizer = parse_tokenizer(data, str(saved.tokenizer_path))
-        if tokenizer.vocab_size != shape.vocab_size:
-            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"Cannot read {saved.tokenizer_path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
     files = read_manifest(saved.path)["files"]
     hashes = [files[name]["sha256"] for name in (MODEL, TOKENIZER)]
     return Source(saved.path.resolve(), shape, data, tokenizer, _fingerprint(hashes), (), saved, lambda: _finite(saved))

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.choice import log_softmax
 from cllm_spheres.inference.decoder import Decoder, Rows
+from cllm_spheres.inference.options import is_number, is_whole
 
 if TYPE_CHECKING:
     from cllm_spheres.inference.model import Model
 
 WIDEST = 64
+STRONGEST_PENALTY = 10.0  # either way; beyond, lengths to that power leave the range of floats
+TOKENS = 200  # at most, where none are given
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,17 @@ class _Open:
 
 
 def beam_search(
-    model: Model, prompt: Sequence[int], *, tokens: int, width: int, length_penalty: float, best: int,
+    model: Model, prompt: Sequence[int], *, tokens: int | None, width: int, length_penalty: float, best: int,
     dtype: str = "fp32", threads: int | None = None,
 ) -> list[Beam]:  # fmt: skip
     """The `best` texts that count most, in that order; of equal ones those with the lower ids.
 
+    tokens: at most so many; None is 200, or what the block leaves.
+
     InputError for options out of range, and where prompt and tokens do not fit the block.
     """
     _check(model, prompt, tokens, width, length_penalty, best)
+    tokens = tokens or min(TOKENS, model.shape.block_size - len(prompt) + 1)
     eot, vocab_size = model.tokenizer.eot, model.shape.vocab_size
     decoder = Decoder(model.layout, model.params_P, slots=width, dtype=dtype, threads=threads)
     try:
@@ -94,22 +100,27 @@ def beam_search(
         decoder.close()
 
 
-def _check(model: Model, prompt: Sequence[int], tokens: int, width: int, length_penalty: float, best: int) -> None:
+def _check(
+    model: Model, prompt: Sequence[int], tokens: int | None, width: int, length_penalty: float, best: int
+) -> None:
     wrong = []
-    if not 1 <= width <= WIDEST:
-        wrong.append(f"--beams {width} must be 1 to {WIDEST}.")
-    if not 1 <= best <= width:
-        wrong.append(f"--best {best} must be 1 to --beams, which is {width}.")
-    if not math.isfinite(length_penalty):
-        wrong.append(f"--length-penalty {length_penalty} must be finite; 0 is none, above 0 favours longer texts.")
+    if not (is_whole(width) and 1 <= width <= WIDEST):
+        wrong.append(f"--beams {shown(width)} must be 1 to {WIDEST}.")
+    elif not (is_whole(best) and 1 <= best <= width):
+        wrong.append(f"--best {shown(best)} must be 1 to --beams, which is {width}.")
+    if not (is_number(length_penalty) and abs(length_penalty) <= STRONGEST_PENALTY):
+        wrong.append(
+            f"--length-penalty {shown(length_penalty)} must be {-STRONGEST_PENALTY:g} to {STRONGEST_PENALTY:g};"
+            " 0 is none, above 0 favours longer texts."
+        )
     most = model.shape.block_size - len(prompt) + 1
     if most < 1:
         wrong.append(
             f"The prompt has {len(prompt):,} tokens, and the model's block {model.shape.block_size:,}: shorten it."
         )
-    elif not 1 <= tokens <= most:
+    elif tokens is not None and not (is_whole(tokens) and 1 <= tokens <= most):
         wrong.append(
-            f"--tokens {tokens:,} must be 1 to {most:,}: a search does not go beyond the model's block of"
+            f"--tokens {shown(tokens)} must be 1 to {most:,}: a search does not go beyond the model's block of"
             f" {model.shape.block_size:,}, and the prompt has {len(prompt):,}."
         )
     if wrong:

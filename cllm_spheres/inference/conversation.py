@@ -83,8 +83,8 @@ def prompt_of(
     if first < last or (length := count(text)) <= block_size:
         return Prompt(text, left_out=first)
     raise InputError(
-        f"The last message{' and the system message' if system else ''} take {length} tokens with the words around"
-        f" them; the model's block has {block_size}. Shorten them, or use a run with a larger --block-size."
+        f"The last message{' and the system message take' if system else ' takes'} {length} tokens with the words"
+        f" around; the model's block has {block_size}. Shorten them, or use a run with a larger --block-size."
     )
 
 

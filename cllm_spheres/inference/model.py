@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cllm_spheres.checkpoint.checkpoint import Checkpoint
-from cllm_spheres.checkpoint.shape import shape_of
-from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.errors import InputError, nearest
-from cllm_spheres.inference.options import options_of
+from cllm_spheres.checkpoint.saved_model import open_run
+from cllm_spheres.errors import InputError, shown
+from cllm_spheres.inference.options import check_prompt, is_whole, options_of
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
+from cllm_spheres.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # their kernels are compiled when they are imported: by whoever writes, not by whoever trains
     from cllm_spheres.inference.beam import Beam
@@ -111,29 +109,34 @@ class Model:
         **options: Any,
     ) -> Iterator[Written]:
         """`samples` texts for each of the prompts, written together; each as it ends."""
-        chosen, all_ids = options_of(options), [self.encode(prompt) for prompt in prompts]
-        if samples < 1:
-            raise InputError(f"--samples {samples} must be 1 or above.")
+        if isinstance(prompts, str):
+            raise InputError(f"The prompts are {shown(prompts)}: give a list of texts, such as [{shown(prompts)}].")
+        if not (is_whole(samples) and samples >= 1):
+            raise InputError(f"--samples {shown(samples)} must be 1 or above.")
+        chosen, all_ids = options_of(options), [self._ids_of(n, prompts) for n in range(len(prompts))]
+        if not all_ids:
+            return
         at_once = min(MOST_AT_ONCE, len(prompts) * samples)
         with self.writer(at_once, dtype=dtype, threads=threads) as writer:
             from cllm_spheres.inference.many import write_all
 
-            for ids in all_ids:
-                writer.checked(ids)  # all of them, before the first is written
             yield from write_all(writer, all_ids, chosen, samples)
 
     def beams(
         self,
         prompt: str = "",
         *,
-        tokens: int = 200,
+        tokens: int | None = None,
         width: int = 4,
         length_penalty: float = 1.0,
         best: int = 1,
         dtype: str = "fp32",
         threads: int | None = None,
     ) -> list[Beam]:
-        """The `best` likeliest texts that a beam search of a width finds, the likeliest first: see `beam_search`."""
+        """The `best` likeliest texts that a beam search of a width finds, the likeliest first: see `beam_search`.
+
+        tokens: None is 200, or what the block leaves.
+        """
         _compile()
         from cllm_spheres.inference.beam import beam_search
 
@@ -143,8 +146,24 @@ class Model:
         )  # fmt: skip
 
     def encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt; an empty one is an end of text, behind which a text begins."""
+        """The ids of a prompt; an empty one is an end of text, behind which a text begins.
+
+        InputError for what is no text, or has characters that the vocabulary lacks.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"The prompt is {shown(prompt)}: give a text.")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"The prompt {shown(prompt)} is not Unicode: it holds half a surrogate pair.")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+
+    def _ids_of(self, number: int, prompts: Sequence[str]) -> list[int]:
+        """The ids of one of many prompts; an InputError says which one."""
+        try:
+            return check_prompt(self.encode(prompts[number]), self.shape)
+        except InputError as error:
+            if len(prompts) == 1:
+                raise
+            raise InputError(f"Prompt {number + 1} of {len(prompts):,}: {error}") from None
 
     def new_writer(self, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> Writer:
         """A `Writer` of these weights as they are now; whoever takes it closes it."""
@@ -201,23 +220,8 @@ def _compile() -> None:
 
 def load(run: str | Path, checkpoint: str | int | None = None) -> Model:
     """The model of a run: its best checkpoint, or "last", or a step. InputError where there is none."""
-    run = Path(run)
-    try:
-        found = run.is_dir()
-    except OSError as error:
-        raise InputError(f"Cannot read {run}: {error.strerror}.") from None
-    if not found:
-        known = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
-        raise InputError(f"There is no run {run}." + (f" In {run.parent}: {nearest(run.name, known)}" if known else ""))
-    saved: Checkpoint = Store(run).load(checkpoint, optimizer=False)
-    try:
-        shape = shape_of(saved)
-        tokenizer = load_tokenizer(saved.tokenizer_path)
-        if tokenizer.vocab_size != shape.vocab_size:
-            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
-        return Model(shape, tokenizer, saved.model)
-    except ValueError as error:
-        raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
+    saved, shape, tokenizer = open_run(Path(run), checkpoint)
+    return Model(shape, tokenizer, saved.model)
 
 
 def newest_run(folder: Path) -> Path:

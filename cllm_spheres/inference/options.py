@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from cllm_spheres.errors import InputError, nearest, shown
+from cllm_spheres.model.layout import Shape
 
 MOST_TOKENS = 10**7
 MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_LOGPROBS = 100
+REPETITION_PENALTIES = 0.01, 100
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,24 @@ class Options:
     def validate(self) -> Options:
         """Itself. Raises InputError, one line for each option that cannot work."""
         wrong = []
-        if not (_is_number(self.temperature) and self.temperature >= 0):
+        if not (is_number(self.temperature) and self.temperature >= 0):
             wrong.append(
                 f"--temperature {shown(self.temperature)} must be 0 (always the likeliest token) or above, and finite."
             )
-        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
+        if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
             wrong.append(f"--top-k {shown(self.top_k)} must be 1 or above; leave it out to keep all tokens.")
         for name, value in (("--top-p", self.top_p), ("--min-p", self.min_p)):
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
+            if value is not None and not (is_number(value) and 0 < value <= 1):
                 wrong.append(f"{name} {shown(value)} must be above 0 and at most 1; leave it out to keep all tokens.")
-        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
-            wrong.append(
-                f"--repetition-penalty {shown(self.repetition_penalty)} must be above 0, and finite; 1 is none."
-            )
+        low, high = REPETITION_PENALTIES
+        if not (is_number(self.repetition_penalty) and low <= self.repetition_penalty <= high):
+            wrong.append(f"--repetition-penalty {shown(self.repetition_penalty)} must be {low} to {high}; 1 is none.")
         least = 0 if self.score_prompt else 1
-        if not (_is_whole(self.tokens) and least <= self.tokens <= MOST_TOKENS):
+        if not (is_whole(self.tokens) and least <= self.tokens <= MOST_TOKENS):
             wrong.append(f"--tokens {shown(self.tokens)} must be {least} or above, at most {MOST_TOKENS:,}.")
-        if not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+        if not (is_whole(self.seed) and 0 <= self.seed < 2**63):
             wrong.append(f"The seed is {shown(self.seed)}: give 0 to {2**63 - 1}.")
-        if self.logprobs is not None and not (_is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+        if self.logprobs is not None and not (is_whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
             wrong.append(f"logprobs {shown(self.logprobs)} must be 0 to {MOST_LOGPROBS}.")
         if isinstance(self.stop, str) or not all(isinstance(stop, str) for stop in self.stop):
             wrong.append(f"stop is {shown(self.stop)}: give a list of texts.")
@@ -61,11 +64,25 @@ class Options:
         return self
 
 
-def _is_whole(value: object) -> bool:
+def check_prompt(ids: Sequence[int], shape: Shape) -> list[int]:
+    """The ids of a prompt as plain integers; InputError where it is empty, too long, or has ids that do not exist."""
+    if not len(ids):
+        raise InputError("The prompt has no tokens: begin with the end of text.")
+    if len(ids) > shape.block_size:
+        raise InputError(f"The prompt has {len(ids):,} tokens, and the model's block {shape.block_size:,}: shorten it.")
+    for i in ids:
+        if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < shape.vocab_size:
+            raise InputError(f"The prompt holds the token {shown(i)}; the vocabulary is 0 to {shape.vocab_size - 1}.")
+    return [int(i) for i in ids]
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:

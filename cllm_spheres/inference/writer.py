@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cllm_spheres.crystal.random import PURPOSE_SAMPLING, combine, key_of, uniform
-from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.choice import log_softmax, not_finite
 from cllm_spheres.inference.decoder import Decoder, Rows
-from cllm_spheres.inference.options import Options
+from cllm_spheres.inference.options import Options, check_prompt
 from cllm_spheres.inference.stops import Stops
 from cllm_spheres.kernels.choose import SCRATCH_WORDS, choose_token
 from cllm_spheres.text.tokenizer import StreamDecoder
@@ -104,7 +103,7 @@ class Writer:
 
         Raises InputError for a prompt that is empty, does not fit the block or has ids outside of the vocabulary.
         """
-        ids = self.checked(ids)
+        ids = check_prompt(ids, self.shape)
         options.validate()
         assert self._free, "no slot is free"
         slot, cached = self._best_slot(ids[: -1 if not options.score_prompt else 0])
@@ -120,19 +119,6 @@ class Writer:
         self._free.remove(slot)
         self._texts.append(text)
         return text.text_id
-
-    def checked(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a prompt as plain integers; InputError where they cannot be one."""
-        ids = list(ids)
-        most, vocab_size = self.shape.block_size, self.shape.vocab_size
-        if not ids:
-            raise InputError("The prompt has no tokens: begin with the end of text.")
-        if len(ids) > most:
-            raise InputError(f"The prompt has {len(ids):,} tokens, and the model's block {most:,}: shorten it.")
-        for i in ids:
-            if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < vocab_size:
-                raise InputError(f"The prompt holds the token {shown(i)}; the vocabulary is 0 to {vocab_size - 1}.")
-        return [int(i) for i in ids]
 
     def cancel(self, text_id: int) -> None:
         """Give up a text, if it is still being written."""

@@ -30,8 +30,8 @@ def with_model(config: Config, given: set[str], source: Source) -> tuple[Config,
         asked = getattr(config, name)
         if name in given and asked is not None and asked != value:
             raise InputError(
-                f"{flag(name)} {shown(asked)} contradicts --from: {source.path} has {name} {shown(value)}. Leave"
-                f" {flag(name)} out."
+                f"{flag(name)} {shown(asked)} contradicts --from: {source.path} has {name} {shown(value)}."
+                " Leave it out."
             )
     block_size = config.block_size if "block_size" in given else source.shape.block_size
     source = source.cropped(block_size)

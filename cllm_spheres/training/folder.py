@@ -155,8 +155,8 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         hint = f" In {parent}: {nearest(run.name, known)}" if known else ""
         if Store(run).steps():
             raise InputError(
-                f"{run} was imported and never trained: it has no config.toml. Train it in a run of its own:"
-                f" cllm-spheres train DATA --from {run}"
+                f"{run} was imported and has no text of its own (no config.toml): name one, or train it in a run of its"
+                f" own: cllm-spheres train DATA --from {run}"
             )
         raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
     values = read_toml(run / "config.toml")

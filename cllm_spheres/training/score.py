@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
-from cllm_spheres.checkpoint.shape import shape_of
-from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.checkpoint.saved_model import open_run
 from cllm_spheres.config import MAX_SPHERES
 from cllm_spheres.errors import InputError, NonFinite, nearest
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
@@ -31,7 +30,7 @@ from cllm_spheres.spheres.placement import place, read_cores
 from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.text.baselines import NgramLosses, ngram_losses
 from cllm_spheres.text.prepare import Progress
-from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
+from cllm_spheres.text.tokenizer import Tokenizer
 from cllm_spheres.text.windows import num_sliding_windows, sliding_windows
 from cllm_spheres.training.folder import read_config
 from cllm_spheres.training.plan import memory_bytes
@@ -86,7 +85,7 @@ def score(
     InputError for bad input; SphereLost, NonFinite.
     """
     check_platform()
-    saved, shape, tokenizer = _load(run, checkpoint)
+    saved, shape, tokenizer = open_run(run, checkpoint)
     length = _within("--block-size", block_size, shape.block_size, shape.block_size, "the model's block")
     stride = _within("--stride", stride, max(1, length // 2), length, "the window")
     if max_tokens is not None and max_tokens < 1:
@@ -116,26 +115,6 @@ def score(
         unigram_loss=counted.unigram if counted else None, bigram_loss=counted.bigram if counted else None,
         workers=job.workers, seconds=seconds, tokens_per_s=predicted / max(seconds, 1e-9),
     )  # fmt: skip
-
-
-def _load(run: Path, checkpoint: str | int | None) -> tuple[Checkpoint, Shape, Tokenizer]:
-    """The checkpoint, verified, its shape and tokenizer. InputError where there is none."""
-    try:
-        found = run.is_dir()
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read {run}: {getattr(error, 'strerror', error)}.") from None
-    if not found:
-        known = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
-        raise InputError(f"There is no run {run}." + (f" In {run.parent}: {nearest(run.name, known)}" if known else ""))
-    saved = Store(run).load(checkpoint, optimizer=False)
-    try:
-        shape = shape_of(saved)
-        tokenizer = load_tokenizer(saved.tokenizer_path)
-        if tokenizer.vocab_size != shape.vocab_size:
-            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
-    except ValueError as error:
-        raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
-    return saved, shape, tokenizer
 
 
 def _within(option: str, value: int | None, default: int, most: int, what: str) -> int:

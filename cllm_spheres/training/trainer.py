@@ -70,6 +70,7 @@ class Trainer:
         self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
         self.keeper = Keeper(run, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
+        self._begins_trained = source is not None  # step 0 may be the best then
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._pause)
         self.control = Control(run, self._pause)
@@ -145,6 +146,7 @@ class Trainer:
         applied = 0
         if checkpoint:
             self.progress, applied = self.keeper.restore(checkpoint, exact)
+            self._begins_trained = checkpoint.step == 0  # only such a run has saved it
         elif self.source:
             self.keeper.begin_from(self.source)
         else:
@@ -239,7 +241,7 @@ class Trainer:
         if self.progress.evaluated != self.step and (self.step % self.eval_every == 0 or ends):
             better = self._evaluate()
         due = self.progress.saved != self.step and (ends or self.step % self.save_every == 0)
-        if self.step and (better or due):
+        if better or (self.step and due):
             self.keeper.save(self.progress, better, last=ends)
 
     def _evaluate(self) -> bool:
@@ -267,7 +269,7 @@ class Trainer:
         progress.evaluated = self.step
         if progress.best_loss is None or result.val_loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = result.val_loss, self.step, 0
-            return self.step > 0
+            return self.step > 0 or self._begins_trained
         progress.worse += 1
         if progress.worse == TURNED_UP_EVALUATIONS:
             self.metrics.event(

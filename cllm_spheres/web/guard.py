@@ -25,6 +25,8 @@ from cllm_spheres.errors import shown
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 
+MOST_HEADER_BYTES = 16 << 10
+CLOSE = {"Connection": "close"}
 OPEN_PATHS = ("/health",)  # without the key: who watches a service has none
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+?)\.?)(?::\d*)?")
 FAILURE = Refused(500, "The server failed; its own log says how.", code="internal_error")
@@ -39,6 +41,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_unspecified(host: str) -> bool:
+    """Whether that stands for all addresses of this machine."""
+    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
+
+
 @dataclass(frozen=True)
 class Rules:
     """Who may ask. `hosts` and `origins` in lower case."""
@@ -46,6 +61,7 @@ class Rules:
     hosts: frozenset[str]
     origins: frozenset[str] = frozenset()
     key: str | None = None
+    any_address: bool = False  # Hosts that are numbers: no name can be made to point there
 
     @classmethod
     def of(cls, bound: str, hosts: Iterable[str] = (), origins: Iterable[str] = (), key: str | None = None) -> Rules:
@@ -55,7 +71,7 @@ class Rules:
             names |= {"127.0.0.1", "::1"}
         return cls(
             frozenset(_host_name(name) if name.startswith("[") else name.lower() for name in names - {""}),
-            frozenset(origin.lower().rstrip("/") for origin in origins), key,
+            frozenset(origin.lower().rstrip("/") for origin in origins), key, _is_unspecified(bound),
         )  # fmt: skip
 
     def check(self, scope: Scope) -> None:
@@ -63,8 +79,13 @@ class Rules:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            raise Refused(431, f"The headers have more than {MOST_HEADER_BYTES:,} bytes.", headers=CLOSE)
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise Refused(400, "Both Content-Length and Transfer-Encoding were sent: send one.", headers=CLOSE)
         host = b",".join(headers.get(b"host", [])).decode("latin-1")
-        if _host_name(host) not in self.hosts:
+        name = _host_name(host)
+        if name not in self.hosts and not (self.any_address and _is_address(name)):
             raise Refused(403, f"The Host {shown(host)} is not served here: start with --allow-host.", code="host")
         for origin in headers.get(b"origin", []):
             if origin.decode("latin-1").lower() not in self.origins:

@@ -204,5 +204,5 @@ def _announce(settings: Settings, bound: socket.socket, engine: Engine, say: Cal
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     say(f"Models: {', '.join(engine.models)}; {settings.setup.slots} texts at once of each, {settings.queue} may wait.")
     if not is_loopback(settings.host) and not settings.allow_hosts:
-        say(f"Only requests for Host {settings.host} or localhost are answered: --allow-host NAME adds another name.")
+        say("Requests must name this server by its address or as localhost: --allow-host NAME adds another name.")
     say(f"Listening on http://{host}:{bound.getsockname()[1]} (Ctrl+C stops)")

@@ -174,7 +174,15 @@ def test_a_checkpoint_that_is_not_there_is_an_error_that_names_what_is(store, sa
 
 
 def test_a_run_without_checkpoints_says_so(run):
-    for store, says in ((Store(run), "no checkpoints yet"), (Store(run / "nowhere"), "does not exist")):
+    for name, file in (("begun", "config.toml"), ("model", "config.json"), ("text", "text.txt")):
+        (run / name).mkdir()
+        (run / name / file).touch()
+    for store, says in (
+        (Store(run / "begun"), "no checkpoints yet. It goes on with: cllm-spheres train --resume --run"),
+        (Store(run / "model"), "is a model of another tool: cllm-spheres import"),
+        (Store(run / "text"), "is not a run: it has neither a config.toml nor checkpoints"),
+        (Store(run / "nowhere"), "does not exist"),
+    ):
         assert store.steps() == []
         for look in (store.find, store.load, store.newest_good):
             with pytest.raises(InputError, match=says):

@@ -47,7 +47,11 @@ def test_a_model_comes_in_is_trained_further_and_goes_out(tmp_path):
     assert out.stdout.startswith("model: step 4 of run as f32, 6 files, ") and "from_pretrained('model')" in out.stdout
     assert len(out.stdout.split("Next, in Python:\n")[1].splitlines()) == 3
     out = command("export", "run", "model.gguf", "--to", "gguf", "--dtype", "f16", cwd=tmp_path)
-    assert out.returncode == 0 and "of run as f16, 1 file, " in out.stdout and "llama-cli -m model.gguf" in out.stdout
+    assert (
+        out.returncode == 0
+        and "of run as f16, 1 file, " in out.stdout
+        and "llama-completion -m model.gguf" in out.stdout
+    )
     assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 

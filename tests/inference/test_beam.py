@@ -90,7 +90,14 @@ def test_a_beam_of_one_is_greedy(model):
     assert "a" + beam.text == greedy
 
 
+@pytest.mark.parametrize("length_penalty", [-10, 10])
+def test_the_strongest_penalties_are_within_the_range_of_floats(model, length_penalty):
+    (beam,) = model.beams("a", width=2, length_penalty=length_penalty)
+    assert np.isfinite(beam.score)
+
+
 def test_the_block_is_used_to_its_end(model):
+    assert len(model.beams("abcd", width=1)[0].tokens) <= 9  # without a number of tokens no further than that
     (beam,) = model.beams("abcd", tokens=9, width=1)
     assert np.isfinite(beam.score)
     with pytest.raises(InputError, match="--tokens 10 must be 1 to 9: a search does not go beyond the model's block"):
@@ -104,6 +111,10 @@ def test_the_block_is_used_to_its_end(model):
         (dict(width=65), "--beams 65 must be 1 to 64"),
         (dict(width=2, best=3), "--best 3 must be 1 to --beams, which is 2"),
         (dict(length_penalty=math.nan), "--length-penalty nan"),
+        (dict(length_penalty=1000), "--length-penalty 1000 must be -10 to 10"),
+        (dict(length_penalty=-1e308), "--length-penalty -1e.308"),
+        (dict(width="x"), "--beams 'x'"),
+        (dict(best=True), "--best True"),
         (dict(tokens=0), "--tokens 0 must be 1 to 12"),
         (dict(dtype="f16"), "--dtype 'f16'"),
     ],

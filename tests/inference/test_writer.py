@@ -264,6 +264,7 @@ def test_damaged_weights_are_told():
         (dict(min_p=-0.1), "--min-p -0.1"),
         (dict(min_p="x"), "--min-p 'x'"),
         (dict(repetition_penalty=0), "--repetition-penalty 0"),
+        (dict(repetition_penalty=1e-300), "--repetition-penalty 1e-300 must be 0.01 to 100"),
         (dict(tokens=0), "--tokens 0 must be 1"),
         (dict(tokens=-1, score_prompt=True), "--tokens -1 must be 0"),
         (dict(tokens=-3, top_k=-2), "--top-k -2 .*\n--tokens -3"),
@@ -298,6 +299,27 @@ def test_many_prompts_are_written_as_if_alone(model):
     for one in texts:
         assert one.text == text_of(write(model, prompts[one.prompt], Options(tokens=15), one.sample))
         assert len(one.tokens) == 15 and one.ended == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "says"),
+    [
+        ("abc", 1, r"The prompts are 'abc': give a list of texts, such as \['abc'\]"),
+        (["a", "x" * 25], 1, "Prompt 2 of 2: The prompt has 25 tokens, and the model's block 24"),
+        (["a", "a?"], 1, "Prompt 2 of 2: The char vocabulary"),
+        (["a", 3], 1, "Prompt 2 of 2: The prompt is 3: give a text"),
+        (["a\ud83d"], 1, "is not Unicode: it holds half a surrogate pair"),
+        (["a"], 0, "--samples 0 must be 1 or above"),
+        (["a"], "2", "--samples '2' must be"),
+    ],
+)
+def test_prompts_that_cannot_be_are_told_with_their_number(model, prompts, samples, says):
+    with pytest.raises(InputError, match=says):
+        list(model.generate_all(prompts, samples=samples))
+
+
+def test_no_prompts_give_no_texts(model):
+    assert list(model.generate_all([])) == []
 
 
 def test_a_word_is_parted_from_the_prompt_by_a_space():

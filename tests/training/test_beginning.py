@@ -197,8 +197,16 @@ def test_resume_auto_with_from_begins_and_goes_on_and_refuses_another_model(book
 
 def test_an_imported_run_that_was_never_trained_cannot_be_resumed(tmp_path):
     import_model(GOLDEN / "plain", tmp_path / "imported")
-    with pytest.raises(InputError, match=r"was imported and never trained.*--from"):
+    with pytest.raises(InputError, match=r"was imported and has no text of its own.*--from"):
         session.resumed_run(tmp_path / "imported", {}, data=None)
+
+
+def test_a_training_that_makes_the_model_worse_keeps_what_it_began_with(further, book, tmp_path):
+    worse = begun(book, tmp_path / "run", further.run, lr=3.0, keep=1)
+    losses = [evaluation[1] for evaluation in worse.evaluations]
+    assert min(losses[1:]) > losses[0]
+    assert Store(worse.run).best_step() == 0 and Store(worse.run).steps() == [0, 12]
+    assert np.array_equal(load(worse.run).logits([1, 2]), load(further.run).logits([1, 2]))
 
 
 def test_a_run_that_begins_anew_has_no_step_0(corpus, tmp_path):

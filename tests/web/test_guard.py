@@ -37,6 +37,23 @@ def test_other_names_are_not(host):
     assert status(Rules.of("127.0.0.1"), host=host) == 403
 
 
+def test_a_server_for_all_addresses_is_reached_by_any_of_them_but_by_no_name():
+    for bound in ("0.0.0.0", "::"):
+        rules = Rules.of(bound, key=KEY)
+        for host in ("127.0.0.1:80", "192.0.2.7", "[2001:db8::1]:8000", "localhost"):
+            assert status(rules, host=host, authorization=f"Bearer {KEY}") == 200
+        for host in ("evil.example", "192.0.2.7.evil.example", "1.2.3"):
+            assert status(rules, host=host, authorization=f"Bearer {KEY}") == 403
+
+
+def test_headers_are_bounded_and_a_length_stands_once():
+    rules = Rules.of("127.0.0.1")
+    assert status(rules, host="localhost", x="a" * 16_000) == 200
+    assert status(rules, host="localhost", x="a" * 16_400) == 431
+    assert status(rules, host="localhost", **{f"x{i}": "a" * 80 for i in range(250)}) == 431
+    assert status(rules, host="localhost", content_length="2", transfer_encoding="chunked") == 400
+
+
 def test_no_host_or_two_of_them_are_refused():
     assert status(Rules.of("127.0.0.1")) == 403
     with pytest.raises(Refused):

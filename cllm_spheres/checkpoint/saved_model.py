@@ -1,0 +1,57 @@
+"""A run -> its verified checkpoint with the shape and the tokenizer of its model, before any memory is taken for it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from cllm_spheres.checkpoint.checkpoint import STATE, Checkpoint
+from cllm_spheres.checkpoint.store import Store, Which
+from cllm_spheres.errors import InputError, nearest, shown
+from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def open_run(run: Path, which: Which = None) -> tuple[Checkpoint, Shape, Tokenizer]:
+    """A checkpoint of a run: the best if there is one, "last", or a step. InputError where there is none."""
+    try:
+        found = run.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {run}: {getattr(error, 'strerror', error)}.") from None
+    if not found:
+        known = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
+        raise InputError(f"There is no run {run}." + (f" In {run.parent}: {nearest(run.name, known)}" if known else ""))
+    saved = Store(run).load(which, optimizer=False)
+    return saved, *model_of(saved)
+
+
+def model_of(saved: Checkpoint) -> tuple[Shape, Tokenizer]:
+    """The shape of a checkpoint's model, and its tokenizer. InputError where they are not of this kind."""
+    try:
+        shape, tokenizer = shape_of(saved), load_tokenizer(saved.tokenizer_path)
+        if tokenizer.vocab_size != shape.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}")
+    except ValueError as error:
+        raise InputError(f"{saved.path} does not hold a model of this kind: {error}") from None
+    return shape, tokenizer
+
+
+def shape_of(saved: Checkpoint) -> Shape:
+    """The shape that the state names. ValueError where it is none, or not that of the tensors."""
+    sizes = saved.state.get("layout")
+    if not isinstance(sizes, dict) or sizes.keys() != {field.name for field in fields(Shape)}:
+        raise ValueError(f"{STATE} has layout {shown(sizes)}")
+    for name, value in sizes.items():
+        if type(value) is not (bool if name == "bias" else int) or (name != "bias" and value < 1):
+            raise ValueError(f"{STATE} has {name} {shown(value)}")
+    shape = Shape(**sizes)
+    if shape.width % shape.heads:
+        raise ValueError(f"{STATE} has {shape.heads} heads for a width of {shape.width}")
+    if shape.layers > len(saved.model):
+        raise ValueError(f"{STATE} has {shape.layers} layers, the model {len(saved.model)} tensors")
+    for tensor in Layout(shape).tensors:
+        found = saved.model.get(tensor.name)
+        if found is None or found.shape != tensor.shape:
+            is_there = "is missing" if found is None else f"has shape {found.shape}"
+            raise ValueError(f"{tensor.name} {is_there}, expected {tensor.shape}")
+    return shape
