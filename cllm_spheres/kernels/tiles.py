@@ -84,6 +84,7 @@ def counted(b: Any, count: Any, carried: list[tuple[Any, Any]], body: Any) -> li
 
 # k, a, step_a, b, step_b, start, step_start, bias, c, step_c, columns. Steps in bytes, addresses as int64.
 TILE_ARGUMENTS = 11
+FETCHED_AHEAD = 4096  # bytes
 
 
 def _tile(module: Any, rows: int, vectors: int, halves: bool = False) -> Any:
@@ -118,9 +119,12 @@ def _tile(module: Any, rows: int, vectors: int, halves: bool = False) -> Any:
         if i + 1 < rows:
             row = b.gep(row, [step_start])
     fma = function(b, "llvm.fma.v16f32", VECTOR, [VECTOR, VECTOR, VECTOR])
+    fetch = function(b, "llvm.prefetch.p0", VOID, [BYTES, I32, I32, I32])
 
     def step(b: Any, values: list[Any]) -> list[Any]:
         a_now, b_now, *sums = values
+        if halves and rows == 1:  # the chain is short, so the CPU by itself does not look far enough ahead
+            b.call(fetch, [at(b, b_now, FETCHED_AHEAD), *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
         columns_of_b = _widened(b, b_now) if halves else [load(b, at(b, b_now, 64 * v)) for v in range(vectors)]
         new = []
         for i in range(rows):
