@@ -11,6 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from cllm_spheres_cli.options import (
+    CheckpointName,
+    MinP,
+    NewestRun,
+    RepetitionPenalty,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    WeightsDtype,
+)
 
 from cllm_spheres.errors import InputError, nearest
 
@@ -34,29 +45,18 @@ ENDED = 130  # by Ctrl+C at the prompt
 
 
 def chat(
-    run: Annotated[Path | None, typer.Argument(help="The folder of a run. Default: the newest in runs/.")] = None,
+    run: NewestRun = None,
     system: Annotated[str | None, typer.Option(help="A text that stands before the conversation.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens an answer has at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; 1 samples what the model believes.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only tokens of at least this share of the likeliest one's probability.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 disfavours tokens that are there already; 1 is none.")
-    ] = 1.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed answers the same.")] = 1337,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16 reads half as much.", metavar="fp32|bf16")] = "fp32",
-    threads: Annotated[
-        int | None, typer.Option(help="Default: what the model's size is worth, up to all cores.")
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
-        ),
-    ] = None,
+    dtype: WeightsDtype = "fp32",
+    threads: Threads = None,
+    checkpoint: CheckpointName = None,
 ) -> None:
     """Talk with a trained model: it goes on with a play of User and Assistant. /help tells what else there is.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from cllm_spheres_cli.options import CheckpointName
 
 if TYPE_CHECKING:
     from cllm_spheres.training.score import Score
@@ -24,12 +25,7 @@ def evaluate(
             metavar="[DATA]",
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
-        ),
-    ] = None,
+    checkpoint: CheckpointName = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next, 1 to the window. Default: half a window.")
     ] = None,

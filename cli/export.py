@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.options import CheckpointName
 
 
 def export(
@@ -15,12 +16,7 @@ def export(
         str, typer.Option(help="hf: for Hugging Face's transformers; gguf: for llama.cpp.", metavar="hf|gguf")
     ] = ...,  # type: ignore[assignment]
     dtype: Annotated[str, typer.Option(help="How the weights are stored.", metavar="f32|f16|bf16")] = "f32",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
-        ),
-    ] = None,
+    checkpoint: CheckpointName = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that stands there.")] = False,
 ) -> None:
     """Write a trained model in the form that other tools read.

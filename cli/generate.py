@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from cllm_spheres_cli.options import (
+    CheckpointName,
+    MinP,
+    NewestRun,
+    RepetitionPenalty,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    WeightsDtype,
+)
 
 from cllm_spheres.errors import InputError
 
@@ -18,7 +29,7 @@ MOST_PROMPT_BYTES = 1 << 28  # of a file
 
 
 def generate(
-    run: Annotated[Path | None, typer.Argument(help="The folder of a run. Default: the newest in runs/.")] = None,
+    run: NewestRun = None,
     prompt: Annotated[str | None, typer.Option(help="The text to go on from. Default: an end of text.")] = None,
     prompts: Annotated[
         Path | None,
@@ -28,15 +39,11 @@ def generate(
         int | None,
         typer.Option(help="How many tokens to write; an end of text stops before. Default: 200.", show_default=False),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; 1 samples what the model believes.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only tokens of at least this share of the likeliest one's probability.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 disfavours tokens that are there already; 1 is none.")
-    ] = 1.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text. May be given several times.", show_default=False)
     ] = None,
@@ -49,17 +56,10 @@ def generate(
     best: Annotated[
         int | None, typer.Option(help="Of --beams: the n best texts. Default: 1.", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16 reads half as much.", metavar="fp32|bf16")] = "fp32",
-    threads: Annotated[
-        int | None, typer.Option(help="Default: what the model's size is worth, up to all cores.")
-    ] = None,
+    dtype: WeightsDtype = "fp32",
+    threads: Threads = None,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a text, when it has ended.")] = False,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
-        ),
-    ] = None,
+    checkpoint: CheckpointName = None,
 ) -> None:
     """Let a trained model write.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.options import CheckpointName
 
 INSTALL = "pip install 'cllm-spheres[web]'"
 KEY_CHARACTERS = 16  # at least
@@ -17,12 +18,7 @@ def serve(
         str, typer.Option(help="The address to listen on; another than this machine's own needs an API key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes any that is free.")] = 8000,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"
-        ),
-    ] = None,
+    checkpoint: CheckpointName = None,
     dtype: Annotated[str, typer.Option(help="Precision of the weights.", metavar="fp32|bf16")] = "fp32",
     slots: Annotated[int, typer.Option(help="Texts of a model that are written at once.")] = 16,
     threads: Annotated[int | None, typer.Option(help="Threads of a model. Default: what its size is worth.")] = None,
