@@ -81,7 +81,7 @@ def repeat_softmax(times, logits_RV, targets_R, scale):
     state = flush_subnormals()
     total = 0.0
     for _ in range(times):
-        total += softmax_cross_entropy(logits_RV, targets_R, scale)
+        total += softmax_cross_entropy(logits_RV, targets_R, scale, 0)[0]
     restore(state)
     return total
 
@@ -92,7 +92,7 @@ def repeat_head(times, x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC
     state = flush_subnormals()
     loss = 0.0
     for _ in range(times):
-        loss = head_loss_backward(x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC, False, scratch)
+        loss = head_loss_backward(x_NC, wte_VC, targets_N, scale, 0, logits_RV, dx_NC, dwte_VC, False, scratch)[0]
     restore(state)
     return loss
 

@@ -98,8 +98,8 @@ def repeat_head(times, x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n,
     loss = 0.0
     for _ in range(times):
         loss = _head_loss_backward(
-            x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, kept, form, turned,
-            dx, dwte, 0, scale,
+            x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, 0, stats, scratch, kept, form,
+            turned, dx, dwte, 0, scale,
         )  # fmt: skip
     end()
     restore(state)

@@ -92,7 +92,7 @@ def kernels(shape: Shape, sequences: int) -> dict[str, tuple[int, Callable[[], o
     calls["gelu, backward"] = (layers, lambda: gelu_backward(ff.reshape(-1), act))
     head_x = x * np.float32(0.1)
     calls["head, loss and both gradients"] = (
-        1, lambda: head_loss_backward(head_x, wte, ids, one, logits, floats_dx, wte_gradient, False, products),
+        1, lambda: head_loss_backward(head_x, wte, ids, one, 0, logits, floats_dx, wte_gradient, False, products),
     )  # fmt: skip
     wte_gradient = floats(shape.vocab_size, c)
     return calls
@@ -112,7 +112,8 @@ def whole_s(shape: Shape, sequences: int, repeats: int) -> float:
     return median_s(
         lambda: compute_shard.call(
             card.array.ctypes.data, params.ctypes.data, 0, segment.ctypes.data, arena.ctypes.data, ids[0].ctypes.data,
-            ids[1].ctypes.data, sequences, shape.block_size, 1.0 / ids[0].size, 0, 0, progress.ctypes.data,
+            ids[1].ctypes.data, sequences, shape.block_size, 1.0 / ids[0].size, 0, 0, 0, 0,
+            progress.ctypes.data,
         ),
         repeats,
     )  # fmt: skip

@@ -15,8 +15,9 @@ from cllm_spheres.config import PRESETS, Config, flag
 AUTO = "--resume-auto"  # what `--resume auto` becomes
 PANELS = {
     "Run": ("preset", "workers", "spheres", "steps", "epochs", "batch_size", "seed", "stop_at", "dtype"),
-    "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout"),
+    "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout", "init"),
     "Text": ("tokenizer", "vocab_size"),
+    "Loss": ("loss", "alpha", "neighbours", "neighbour_temperature", "gcd_weight", "ulam_weight"),
     "Optimizer": (
         "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2", "weight_decay", "clip", "on_nonfinite",
     ),

@@ -18,6 +18,7 @@ from cllm_spheres.errors import InputError, nearest, shown
 
 MAX_SPHERES = 156  # 12 + 144 places around Node Zero
 MAX_STEPS = 10**9
+MAX_NEIGHBOURS = 4096  # each costs time in every row of the head
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**20  # far above what trains on a CPU; sizes of them fit 64 bits
 MOST_LINES = 8  # of one message
 MAX_TOML_BYTES = 1 << 20  # a real one has about 5,000
@@ -65,6 +66,31 @@ class Config(BaseModel):
     )
     vocab_size: int | None = Field(
         None, ge=1, le=2**31, description="Vocabulary for bpe and word. Default: the preset's."
+    )
+
+    init: Literal["gpt2", "lattice"] = Field(
+        "gpt2",
+        description="The first token embeddings: normal random numbers as GPT-2 has them, or the lattice features of "
+        "each token's rank by frequency, of the same size.",
+    )
+    loss: Literal["cross-entropy", "crystalline", "smoothing", "random"] = Field(
+        "cross-entropy",
+        description="cross-entropy; or a share --alpha of each target goes to other tokens: crystalline, to those "
+        "whose numbers by frequency are similar; smoothing, to all alike; random, to neighbours drawn by lot.",
+    )
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="The share of a target that goes to other tokens. Default: 0.1."
+    )
+    neighbours: int | None = Field(
+        None, ge=1, le=MAX_NEIGHBOURS, description="Of a token, for crystalline and random. Default: 16."
+    )
+    neighbour_temperature: float | None = Field(
+        None, gt=0, description="Of the softmax over a token's similarities: the lower, the more goes to the most "
+        "similar. Default: 0.1.",
+    )  # fmt: skip
+    gcd_weight: float | None = Field(None, ge=0, description="Of gcd(a, b) / max(a, b) in similarity. Default: 0.7.")
+    ulam_weight: float | None = Field(
+        None, ge=0, description="Of 1 / (1 + distance on Ulam's spiral) in similarity. Default: 0.3."
     )
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum (--beta1).")

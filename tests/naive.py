@@ -129,26 +129,31 @@ def attention_backward(dout_BTC, qkv_BT3C, heads, mask_BHTT=1.0):
     return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=-1)
 
 
-def cross_entropy_forward(logits_MV, targets_M):
-    """The sum of the token losses."""
+def wanted(targets_M, num_tokens, alpha=0.0, q_VV=0.0):
+    """What the softmax of each row is held against: its target, and alpha of it the target's row of q."""
+    return ((1 - alpha) * np.eye(num_tokens) + alpha * q_VV)[targets_M]
+
+
+def cross_entropy_forward(logits_MV, targets_M, *soft):
+    """The sum of the token losses. soft: alpha and q_VV of `wanted`."""
     largest = logits_MV.max(-1)
     log_sum = largest + np.log(np.exp(logits_MV - largest[:, None]).sum(-1))
-    return (log_sum - logits_MV[np.arange(len(targets_M)), targets_M]).sum()
+    return (log_sum - (wanted(targets_M, logits_MV.shape[1], *soft) * logits_MV).sum(-1)).sum()
 
 
-def cross_entropy_backward(logits_MV, targets_M):
+def cross_entropy_backward(logits_MV, targets_M, *soft):
     """dlogits."""
-    return softmax(logits_MV) - np.eye(logits_MV.shape[1])[targets_M]
+    return softmax(logits_MV) - wanted(targets_M, logits_MV.shape[1], *soft)
 
 
-def head_forward(x_MC, wte_VC, targets_M):
+def head_forward(x_MC, wte_VC, targets_M, *soft):
     """The sum of the token losses under the output that is tied to the token embedding."""
-    return cross_entropy_forward(x_MC @ wte_VC.T, targets_M)
+    return cross_entropy_forward(x_MC @ wte_VC.T, targets_M, *soft)
 
 
-def head_backward(x_MC, wte_VC, targets_M):
+def head_backward(x_MC, wte_VC, targets_M, *soft):
     """dx, dwte."""
-    dlogits_MV = cross_entropy_backward(x_MC @ wte_VC.T, targets_M)
+    dlogits_MV = cross_entropy_backward(x_MC @ wte_VC.T, targets_M, *soft)
     return dlogits_MV @ wte_VC, dlogits_MV.T @ x_MC
 
 
@@ -210,14 +215,14 @@ def naive_logits(shape: Shape, parameters, inputs_BT, mask=no_dropout):
     return final_BTC @ p["wte.weight"].T
 
 
-def naive_loss_and_gradients(shape: Shape, parameters, inputs_BT, targets_BT, mask=no_dropout):
-    """The mean token loss, and name -> gradient for every parameter."""
+def naive_loss_and_gradients(shape: Shape, parameters, inputs_BT, targets_BT, mask=no_dropout, soft=()):
+    """The mean token loss, and name -> gradient for every parameter. soft: alpha and q_VV of `wanted`."""
     p, layers, x, final_BTC = _forward(shape, parameters, inputs_BT, mask)
     b, t = inputs_BT.shape
     wide, square = (b, t, shape.width), (b, shape.heads, t, t)
     final_MC, targets_M = final_BTC.reshape(b * t, -1), targets_BT.reshape(-1)
-    loss = head_forward(final_MC, p["wte.weight"], targets_M) / (b * t)
-    dfinal_MC, dwte_VC = head_backward(final_MC, p["wte.weight"], targets_M)
+    loss = head_forward(final_MC, p["wte.weight"], targets_M, *soft) / (b * t)
+    dfinal_MC, dwte_VC = head_backward(final_MC, p["wte.weight"], targets_M, *soft)
     gradients = {}
     dx, gradients["ln_f.weight"], gradients["ln_f.bias"] = layernorm_backward(
         dfinal_MC.reshape(wide) / (b * t), x, p["ln_f.weight"]

@@ -52,7 +52,7 @@ def tokens_per_s(job: Job) -> float:
         entries.compute_shard.call(
             card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, segment_P.ctypes.data,
             arena.ctypes.data, ids[0].ctypes.data, ids[1].ctypes.data, count, length, 1 / (count * length), 0, 0,
-            progress.ctypes.data,
+            0, 0, progress.ctypes.data,
         )  # fmt: skip
 
     pack()

@@ -113,7 +113,7 @@ def compute(
             entries.pack_unit.call(card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, unit)
     summed = entries.compute_shard.call(
         card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, segment_P.ctypes.data, arena.ctypes.data,
-        inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, 0, 0, progress.ctypes.data,
+        inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, 0, 0, 0, 0, progress.ctypes.data,
     )  # fmt: skip
     return float(summed), segment_P
 

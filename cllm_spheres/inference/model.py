@@ -75,7 +75,7 @@ class Model:
         loss = compute_shard.call(
             self._geometry.array.ctypes.data, self.params_P.ctypes.data, 0, segment_P.ctypes.data,
             self._arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length,
-            1.0 / (count * length), 0, 0, self._progress.ctypes.data,
+            1.0 / (count * length), 0, 0, 0, 0, self._progress.ctypes.data,
         )  # fmt: skip
         return loss / (count * length), self.layout.views(segment_P)
 

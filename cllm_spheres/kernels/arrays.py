@@ -84,6 +84,19 @@ def _dot(b, x, y, n):
     return L.total(L.Lanes(b, b.load(sums)))
 
 
+@vectorised(_i8, _i8, result=_f4)
+def _row_sum(b, row, n):
+    sums = L.variable(b, spread(b, 0.0))
+    over(b, n, lambda at, mask: b.store((L.Lanes(b, b.load(sums)) + load(b, row, at, mask)).value, sums))
+    return L.total(L.Lanes(b, b.load(sums)))
+
+
+@vectorised(_i8, _i8, _f4)
+def _shift_row(b, row, n, addend):
+    wide = spread(b, addend)
+    over(b, n, lambda at, mask: store(load(b, row, at, mask) + wide, row, at, mask))
+
+
 @vectorised(_i8, _i8, _f4)
 def _scale_row(b, row, n, factor):
     wide = spread(b, factor)
@@ -106,6 +119,18 @@ def exp_of_difference(row, shift, scale, n):
 def dot(x, y):
     """Sum of x * y over two rows."""
     return _dot(x.ctypes.data, y.ctypes.data, x.size)
+
+
+@kernel
+def row_sum(row):
+    """The sum of a contiguous float32 row, in an order of its own."""
+    return _row_sum(row.ctypes.data, row.size)
+
+
+@kernel
+def shift_row(row, addend):
+    """row += addend."""
+    _shift_row(row.ctypes.data, row.size, addend)
 
 
 @kernel

@@ -9,27 +9,52 @@ import numpy as np
 
 from cllm_spheres.crystal.functions import log
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.kernels.arrays import exp_of_difference, f4, row_max, scale_row
+from cllm_spheres.kernels.arrays import exp_of_difference, f4, row_max, row_sum, scale_row, shift_row
 from cllm_spheres.kernels.products import gemm
+from cllm_spheres.kernels.soft_targets import expected_logit, is_uniform, row_of, share_of
 
 
 @kernel
-def softmax_cross_entropy(logits_RV, targets_R, scale):
-    """Sum of -log softmax(logits)[target] over the rows, float64; logits become their gradient times `scale`.
+def _mean_logit(soft, target, row):
+    """The sum of q * logits of a row, float64."""
+    return np.float64(row_sum(row)) / row.size if is_uniform(soft) else expected_logit(soft, target, row, 0)
 
-    The gradient is (softmax - onehot) * scale.
+
+@kernel
+def _subtract_targets(soft, target, scale, row):
+    """row -= scale * ((1 - alpha) onehot + alpha q)."""
+    alpha = share_of(soft)
+    row[target] -= f4(scale * (1.0 - alpha))
+    if is_uniform(soft):
+        shift_row(row, -f4(scale * alpha / row.size))
+    ids, weights = row_of(soft, target)
+    for k in range(ids.size):
+        row[ids[k]] -= f4(scale * alpha * weights[k])
+
+
+@kernel
+def softmax_cross_entropy(logits_RV, targets_R, scale, soft):
+    """Two sums over the rows, float64: -log softmax(logits)[target], and alpha times what soft targets add to it.
+
+    The logits become the gradient of both, times `scale`: (softmax - (1 - alpha) onehot - alpha q) * scale. soft: the
+    address of a card of soft_targets.py, 0 for none.
     """
-    loss = 0.0
-    n = logits_RV.shape[1]
+    loss = excess = 0.0
+    alpha, n = share_of(soft), logits_RV.shape[1]
     for r in range(targets_R.size):
-        row, target = logits_RV[r], targets_R[r]
+        row, target = logits_RV[r], np.int64(targets_R[r])
         largest = row_max(row)
         at_target = row[target]
+        if soft != 0:
+            excess += alpha * (np.float64(at_target) - _mean_logit(soft, target, row))
         total = exp_of_difference(row, largest, f4(1), n)
         loss += log(np.float64(total)) + (np.float64(largest) - np.float64(at_target))
         scale_row(row, scale / total, n)
-        row[target] -= scale
-    return loss
+        if soft == 0:
+            row[target] -= scale
+        else:
+            _subtract_targets(soft, target, np.float64(scale), row)
+    return loss, excess
 
 
 @kernel
@@ -63,21 +88,24 @@ def head_loss(x_NC, wte_VC, targets_N, logits_RV, scratch, correct_1):
             False, True, r, v, c, x.ctypes.data, c, wte_VC.ctypes.data, c, 0, 0, 0, logits_RV.ctypes.data, v, scratch
         )  # fmt: skip
         correct_1[0] += count_correct(logits_RV[:r], targets_N[start : start + r])
-        loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], f4(0))
+        loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], f4(0), 0)[0]
     return loss
 
 
 @kernel
-def head_loss_backward(x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC, accumulate, scratch):
-    """As head_loss; also dx = scale * dloss/dx (overwrites), dwte (+)= (`accumulate` false overwrites)."""
+def head_loss_backward(x_NC, wte_VC, targets_N, scale, soft, logits_RV, dx_NC, dwte_VC, accumulate, scratch):
+    """The two sums of softmax_cross_entropy; also dx = scale * d(both)/dx (overwrites), dwte (+)= (`accumulate` false
+    overwrites).
+    """
     n, c, v, rows = x_NC.shape[0], x_NC.shape[1], wte_VC.shape[0], logits_RV.shape[0]
     logits, wte, dwte = logits_RV.ctypes.data, wte_VC.ctypes.data, dwte_VC.ctypes.data
-    loss = 0.0
+    loss = excess = 0.0
     for start in range(0, n, rows):
         r = min(rows, n - start)
         x, dx = x_NC[start : start + r].ctypes.data, dx_NC[start : start + r].ctypes.data
         gemm(False, True, r, v, c, x, c, wte, c, 0, 0, 0, logits, v, scratch)
-        loss += softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], scale)
+        of_rows = softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], scale, soft)
+        loss, excess = loss + of_rows[0], excess + of_rows[1]
         gemm(False, False, r, c, v, logits, v, wte, c, 0, 0, 0, dx, c, scratch)
         gemm(True, False, v, c, r, logits, v, x, c, dwte if accumulate or start > 0 else 0, c, 0, dwte, c, scratch)
-    return loss
+    return loss, excess

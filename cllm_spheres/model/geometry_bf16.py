@@ -120,7 +120,7 @@ def geometry(layout: Layout, *, largest_shard: int, dropout: float = 0.0, backwa
     widest = max(c, f, 3 * h)
     shared = place(
         dict(x_last=4 * n * s.width, lnf=2 * n * c, lnf_stats=8 * n, keys=8 * sequences, row=4 * widest,
-             wide_bias=8 * 3 * h, ids=4 * n, targets=4 * n, head_stats=4 * 4 * n,
+             wide_bias=8 * 3 * h, ids=4 * n, targets=4 * n, head_stats=4 * (5 * n + 2),
              scratch=max(4 * 32 * SWEEP, 4 * 32 * CHUNK, attention_bytes(t, e))),
         s.layers * one_layer if backward else one_layer,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels import trace as K
-from cllm_spheres.kernels.arrays import f4, floats, integers, matrix, tokens
+from cllm_spheres.kernels.arrays import doubles, f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward
 from cllm_spheres.kernels.dropout import dropout_sequences
@@ -244,23 +244,25 @@ def backward(g, params, segment, arena, ids_N, length, key, first_sequence, accu
     mark(g[G.TRACE], K.EMBED_BACKWARD)
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
+@entry(_d8(*[_i8] * 9, _d8, *[_i8] * 5))
 def compute_shard(
-    geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, progress
-):
+    geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, soft,
+    cross_entropy, progress,
+):  # fmt: skip
     """The gradient of `count` sequences of `length` tokens, overwriting the segment; returns their summed loss.
 
     All but scale and the counts are addresses: geometry int64, params/segment/arena float32, packed what
     `pack_unit` made of the weights (float32 kernels do not read it), inputs/targets int32 [count, length],
     progress int64[PROGRESS_WORDS], raised at each layer. scale: what a token's loss counts in the gradient
     (1 / tokens of the whole batch). key: dropout key of the step, 0 for none; first_sequence: the number of the
-    first sequence in the whole batch.
+    first sequence in the whole batch. soft: a card of kernels/soft_targets.py, 0 for none. cross_entropy: of a float64,
+    which becomes the summed plain cross-entropy, the loss itself where there are no soft targets; or 0.
     """
     state = flush_subnormals()
     g = _geometry(geometry)
     wte, dwte = _ends(g, params)[0], _ends(g, segment)[0]
     layers_done, dropout_key = integers(progress, PROGRESS_WORDS), types.uint64(key)
-    loss = 0.0
+    loss = excess = 0.0
     at_a_time = g[G.SEQUENCES]
     for first in range(0, count, at_a_time):
         rows = min(at_a_time, count - first) * length
@@ -268,16 +270,19 @@ def compute_shard(
         ids = tokens(inputs + 4 * first * length, rows)
         _forward(geometry, params, arena, ids.ctypes.data, rows, length, key, first_sequence + first, progress)
         x = _shared(g, arena, G.LNF, rows, g[G.WIDTH])
-        loss += head_loss_backward(
-            x, wte, tokens(targets + 4 * first * length, rows), f4(scale), _logits(g, arena),
+        of_head = head_loss_backward(
+            x, wte, tokens(targets + 4 * first * length, rows), f4(scale), soft, _logits(g, arena),
             _shared(g, arena, G.DT, rows, g[G.WIDTH]), dwte, accumulate, arena + 4 * g[G.PRODUCTS],
         )  # fmt: skip
+        loss, excess = loss + of_head[0], excess + of_head[1]
         mark(g[G.TRACE], K.HEAD)
         backward(
             g, params, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
         )  # fmt: skip
     restore(state)
-    return loss
+    if cross_entropy != 0:
+        doubles(cross_entropy, 1)[0] = loss
+    return loss + excess
 
 
 @entry(_d8(*[_i8] * 10))

@@ -13,7 +13,7 @@ from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels import trace as K
-from cllm_spheres.kernels.arrays import integers, tokens
+from cllm_spheres.kernels.arrays import doubles, integers, tokens
 from cllm_spheres.kernels.bf16.head import head_loss, head_loss_backward
 from cllm_spheres.kernels.bf16.linear import turn
 from cllm_spheres.kernels.bf16.multiply import begin, end
@@ -42,10 +42,11 @@ def _pad_tokens(source, sequences, length, filler, out_N):
     return out_N[: sequences * t]
 
 
-@entry(_d8(_i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _i8, _d8, _i8, _i8, _i8))
+@entry(_d8(*[_i8] * 9, _d8, *[_i8] * 5))
 def compute_shard_bf16(
-    geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, progress
-):
+    geometry, params, packed, segment, arena, inputs, targets, count, length, scale, key, first_sequence, soft,
+    cross_entropy, progress,
+):  # fmt: skip
     """The gradient of `count` sequences of `length` tokens, overwriting the segment; returns their summed loss.
 
     As compute_shard in gpt.py; packed: address of the weights as pack_unit_bf16 leaves them.
@@ -56,7 +57,7 @@ def compute_shard_bf16(
     c, v = g[G.WIDTH], g[G.VOCAB]
     cp, t = padded(c), padded(length)
     layers_done, dropout_key = integers(progress, PROGRESS_WORDS), types.uint64(key)
-    loss = 0.0
+    loss = excess = 0.0
     at_a_time = g[G.SEQUENCES]
     room = at_a_time * padded(g[G.BLOCK_SIZE])
     x, x_pairs, kept = arena + g[G.LNF], arena + g[G.X_PAIRS], arena + g[G.KEPT] if g[G.KEPT] > 0 else 0
@@ -72,17 +73,20 @@ def compute_shard_bf16(
         mark(g[G.TRACE], K.REARRANGE)
         # The token embedding stands in the card as [V, C]: logits take it flipped, dx takes it in pairs.
         loss += _head_loss_backward(
-            x, x_pairs, c, wte_flipped, wte_pairs, v, n, wanted.ctypes.data, arena + g[G.HEAD_STATS],
-            arena + g[G.SCRATCH], kept, arena + g[G.LOGITS], arena + g[G.TURNED], arena + g[G.DT],
-            segment + 4 * g[G.WTE], 1 if accumulate else 0, scale,
+            x, x_pairs, c, wte_flipped, wte_pairs, v, n, wanted.ctypes.data, soft,
+            arena + g[G.HEAD_STATS], arena + g[G.SCRATCH], kept, arena + g[G.LOGITS], arena + g[G.TURNED],
+            arena + g[G.DT], segment + 4 * g[G.WTE], 1 if accumulate else 0, scale,
         )  # fmt: skip
+        excess += doubles(arena + g[G.HEAD_STATS] + 20 * n, 1)[0]
         mark(g[G.TRACE], K.HEAD)
         backward(
             g, params, packed, segment, arena, ids, length, dropout_key, first_sequence + first, accumulate, layers_done
         )
     end()
     restore(state)
-    return loss
+    if cross_entropy != 0:
+        doubles(cross_entropy, 1)[0] = loss
+    return loss + excess
 
 
 @entry(_d8(*[_i8] * 10))

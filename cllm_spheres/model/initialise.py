@@ -1,4 +1,5 @@
 """(seed, block) -> the first weights of a block: GPT-2's initialisation, as a pure function of where a weight is.
+And token embeddings from the lattice of crystal/lattice.py, which take the place of the random ones.
 
 Matrices: normal with standard deviation 0.02, the projections into the residual 0.02 / sqrt(2 layers); gains 1,
 biases and padding 0. Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019).
@@ -12,6 +13,7 @@ import numpy as np
 from numba import types
 
 from cllm_spheres.crystal.jit import entry
+from cllm_spheres.crystal.lattice import features
 from cllm_spheres.crystal.random import PURPOSE_WEIGHTS, key_of, normal
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers
 from cllm_spheres.kernels.sizes import BLOCK
@@ -30,6 +32,16 @@ def initial_tables(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         is_gain = tensor.name.endswith("weight") and len(tensor.shape) == 1
         values.append((deviation if len(tensor.shape) == 2 else 0.0, 1.0 if is_gain else 0.0))
     return np.array(places, np.int64), np.array(values, np.float64)
+
+
+def lattice_embedding(order_R: np.ndarray, layout: Layout) -> np.ndarray:
+    """float32 [V, C]: each token's lattice features, of the standard deviation that the others have.
+
+    order_R: the token ids by falling frequency.
+    """
+    embedding_VC = np.empty((layout.shape.vocab_size, layout.shape.width), np.float32)
+    embedding_VC[order_R] = features(*embedding_VC.shape) * f4(STANDARD_DEVIATION)
+    return embedding_VC
 
 
 @entry(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64))

@@ -20,7 +20,7 @@ FIELDS = (
     "window_firsts", "window_losses", "window_hits", "norms", "updated", "slots", "slot", "faults",
     "params", "moments", "squares", "gradient", "packed", "segments",
     "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
-    "compute_shard", "evaluate_window", "pack_unit", "trace",
+    "compute_shard", "evaluate_window", "pack_unit", "trace", "soft",
 )  # fmt: skip
 (
     WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
@@ -30,7 +30,7 @@ FIELDS = (
     WINDOW_FIRSTS, WINDOW_LOSSES, WINDOW_HITS, NORMS, UPDATED, SLOTS, SLOT, FAULTS,
     PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
     BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
-    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT, TRACE,
+    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT, TRACE, SOFT,
 ) = range(len(FIELDS))  # fmt: skip
 
 

@@ -62,7 +62,7 @@ STATES = ("starting", "idle", "packing", "computing", "waiting", "gathering", "u
 S_STARTING, S_IDLE, S_PACKING, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(9)
 
 # Words of a sphere, one line each.
-P_COMPLETE, P_LOSS, P_BUSY_NS, P_TOKENS = range(4)
+P_COMPLETE, P_LOSS, P_CROSS_ENTROPY, P_BUSY_NS, P_TOKENS = range(5)
 SPHERE_WORDS = 8
 
 # Words of a fault, one line each.
@@ -71,10 +71,10 @@ FAULT_WORDS = 8
 
 # Words of a step's record in the ring.
 (
-    R_STEP, R_LOSS, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS, R_END_NS,
-    R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM, R_APPLIED,
-) = range(16)  # fmt: skip
-RECORD_WORDS = 16
+    R_STEP, R_LOSS, R_CROSS_ENTROPY, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS,
+    R_END_NS, R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM, R_APPLIED,
+) = range(17)  # fmt: skip
+RECORD_WORDS = 17
 RING = 4096  # steps that a command has at most
 ERROR_BYTES = 1024  # what a worker can say of an exception
 

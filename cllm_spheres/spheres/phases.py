@@ -48,7 +48,7 @@ from cllm_spheres.text.batches import read_window, shard, window_start
 # The phases' one machine code, called by address; that of a dtype stands in the context.
 _i8, _d8 = types.int64, types.float64
 _pack_unit = at_address(_i8(*[_i8] * 4))
-_compute_shard = at_address(_d8(*[_i8] * 9, _d8, *[_i8] * 3))
+_compute_shard = at_address(_d8(*[_i8] * 9, _d8, *[_i8] * 5))
 _evaluate_window = at_address(_d8(*[_i8] * 10))
 _initialise_block = initialise_block.external
 _gather_block = gather_block.external
@@ -108,7 +108,8 @@ def compute(x, step, trace):
         loss = _compute_shard(
             x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
-            x[C.TARGETS], count, length, scale, key, first, C.mine(x, M.W_PROGRESS),
+            x[C.TARGETS], count, length, scale, key, first, x[C.SOFT], words + 8 * M.P_CROSS_ENTROPY,
+            C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
         if poisons:
             floats(x[C.SEGMENTS] + sphere * x[C.STRIDE], 1)[0] = np.nan
@@ -151,9 +152,11 @@ def decide(x, step, index):
     The verdict stands before the gate moves: whoever finds the gate open for a step finds all that its update needs.
     """
     norm = _global_norm(x[C.NORMS], x[C.NUM_BLOCKS])
-    loss = 0.0
+    loss = cross_entropy = 0.0
     for sphere in range(x[C.NUM_SPHERES]):
-        loss += doubles(x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8, M.SPHERE_WORDS)[M.P_LOSS]
+        words = doubles(x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8, M.SPHERE_WORDS)
+        loss += words[M.P_LOSS]
+        cross_entropy += words[M.P_CROSS_ENTROPY]
     constants = doubles(x[C.CONSTANTS], 4)
     factor = clip_factor(norm, constants[K_CLIP])
     rate = doubles(x[C.RATES], M.RING)[index]
@@ -166,6 +169,7 @@ def decide(x, step, index):
     d[D_CORRECTION_2] = 1.0 - power(constants[K_BETA2], t)
     record = doubles(x[C.RING_AT] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
     record[M.R_LOSS] = loss / (x[C.BATCH_SIZE] * x[C.BLOCK_SIZE])
+    record[M.R_CROSS_ENTROPY] = cross_entropy / (x[C.BATCH_SIZE] * x[C.BLOCK_SIZE])
     record[M.R_NORM] = norm
     record[M.R_CLIPPED] = norm * factor
     record[M.R_LR] = rate
@@ -277,7 +281,7 @@ def rehearse(x):
         _compute_shard(
             x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + x[C.WORKER] * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
-            x[C.TARGETS], 1, length, 1.0 / length, 0, 0, C.mine(x, M.W_PROGRESS),
+            x[C.TARGETS], 1, length, 1.0 / length, 0, 0, x[C.SOFT], 0, C.mine(x, M.W_PROGRESS),
         )  # fmt: skip
         least = min(least, C.now(x) - start)
         # The first turn takes its pages, too: a second is needed where that can matter.

@@ -13,6 +13,7 @@ import numpy as np
 
 from cllm_spheres.kernels.optimizer import commit_block, update_block
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.kernels.soft_targets import card
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.initialise import initial_tables
@@ -42,6 +43,9 @@ class Worker:
         val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
         inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
         arena, block_sum = new_arena(shape_on_card.arena_floats), new_arena(BLOCK)
+        table = np.memmap(job.soft_targets, np.uint8, "r") if job.neighbours else np.zeros(8, np.uint8)
+        neighbours_at, table_bytes = int(table.ctypes.data), 4 * job.shape.vocab_size * job.neighbours
+        soft = card(job.alpha, job.neighbours, neighbours_at, neighbours_at + table_bytes)
         constants = np.array([job.clip, job.beta1, job.beta2, job.weight_decay], np.float64)
         base = memory.address
         values_by_name = dict(
@@ -69,11 +73,14 @@ class Worker:
             compute_shard=entries.compute_shard.address, evaluate_window=entries.evaluate_window.address,
             trace=base + regions.traces + worker * regions.trace_stride if job.trace_marks else 0,
             pack_unit=entries.pack_unit.address if entries.pack_unit else 0,
+            soft=soft.ctypes.data if job.alpha > 0 else 0,
         )  # fmt: skip
         if job.trace_marks:
             memory.trace_words(worker)[1] = job.trace_marks
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
-        self._keep = (shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, memory)
+        self._keep = (
+            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, table, soft, memory,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Obey commands until EXIT."""
@@ -139,6 +146,8 @@ def warm(scratch: Path, dtype: str) -> None:
         1,
         4,
         0.25,
+        0,
+        0,
         0,
         0,
         x["workers"],

@@ -18,8 +18,10 @@ from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.exchange.source import Source
+from cllm_spheres.model.initialise import lattice_embedding
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.node_zero import NodeZero
+from cllm_spheres.text.frequency import frequency_order
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.metrics import Metrics
 from cllm_spheres.training.numerics import fingerprint
@@ -127,6 +129,11 @@ class Keeper:
         params = self.layout.views(self.node_zero.memory.params)
         for name, tensor in source.tensors():
             params[name][...] = tensor
+
+    def begin_on_lattice(self) -> None:
+        """The token embeddings from the lattice, after the initialisation."""
+        order_R, _ = frequency_order(self.prepared)
+        self.layout.views(self.node_zero.memory.params)["wte.weight"][...] = lattice_embedding(order_R, self.layout)
 
     def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
         """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.

@@ -115,7 +115,8 @@ class Metrics:
             other = min(max(0.0, before), rest)
             self.total_tokens += tokens
             lines.append({
-                "kind": "step", "step": step, "loss": d[M.R_LOSS], "lr": d[M.R_LR], "grad_norm": d[M.R_NORM],
+                "kind": "step", "step": step, "loss": d[M.R_LOSS], "cross_entropy": d[M.R_CROSS_ENTROPY],
+                "lr": d[M.R_LR], "grad_norm": d[M.R_NORM],
                 "clipped_norm": d[M.R_CLIPPED], "tokens": tokens, "total_tokens": self.total_tokens,
                 "time": w[M.R_REAL_NS] * 1e-9, "seconds": seconds, "tokens_per_s": tokens / seconds,
                 "compute_s": compute, "waiting_s": rest - other, "gather_s": gather, "update_s": update,

@@ -18,6 +18,7 @@ from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.spheres.placement import place, read_cores
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.windows import evaluation_windows
+from cllm_spheres.training.soft_targets import loss_options
 from cllm_spheres.units import size
 
 WORKER_BYTES = 12_000_000  # of a forked worker besides its arena, measured at 8 to 12 MB
@@ -62,6 +63,7 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     if config.eval_tokens is None:
         batches = min(EVAL_BATCHES, max(4, round(values["eval_every"] * EVAL_SHARE * STEP_PER_FORWARD)))
         values["eval_tokens"] = batches * batch_size * config.block_size
+    values.update(loss_options(config, prepared.vocab_size))
     resolved = Config(**values)
     check_shape(resolved)  # now that the steps are known
     check_memory(resolved, prepared)
@@ -152,7 +154,7 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
         weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
         skip_nonfinite=config.on_nonfinite == "skip", dtype=dtypes.usable(config.dtype),
-        cores=place(config.workers, read_cores(cores)),
+        alpha=config.alpha or 0.0, neighbours=config.neighbours or 0, cores=place(config.workers, read_cores(cores)),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
+from cllm_spheres.training.soft_targets import table_file
 from cllm_spheres.training.start import check_workers
 from cllm_spheres.units import duration, plural
 
@@ -58,7 +59,8 @@ class Trainer:
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
-        job = make_job(config, prepared)
+        table = table_file(run, config, prepared, status)
+        job = replace(make_job(config, prepared), soft_targets=str(table or ""))
         self.layout = Layout(job.shape)
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
@@ -151,6 +153,8 @@ class Trainer:
             self.keeper.begin_from(self.source)
         else:
             self.node_zero.do(M.INITIALISE)
+            if config.init == "lattice":
+                self.keeper.begin_on_lattice()
         self.node_zero.set_position(self.step, applied)
         if self.source:
             self.keeper.save(self.progress)  # a resume does not need the source

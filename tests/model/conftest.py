@@ -61,8 +61,11 @@ class Whole:
                 self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, unit
             )
 
-    def shard(self, inputs_BT, targets_BT, scale, key=0, first_sequence=0):
-        """The summed loss, and the segment, which begins as NaN where a tensor is and as zero between them."""
+    def shard(self, inputs_BT, targets_BT, scale, key=0, first_sequence=0, soft=(0, 0)):
+        """The summed loss, and the segment, which begins as NaN where a tensor is and as zero between them.
+
+        soft: the addresses of a card of soft targets and of a float64.
+        """
         segment_P = np.zeros(self.layout.size, np.float32)
         for view in self.layout.views(segment_P).values():
             view[...] = np.nan
@@ -70,7 +73,7 @@ class Whole:
         loss = self.entries.compute_shard.call(
             self.card.array.ctypes.data, self.params_P.ctypes.data, self.packed.ctypes.data, segment_P.ctypes.data,
             self.arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, key,
-            first_sequence, PROGRESS.ctypes.data,
+            first_sequence, *soft, PROGRESS.ctypes.data,
         )  # fmt: skip
         return loss, segment_P
 

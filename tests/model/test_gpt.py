@@ -10,6 +10,7 @@ from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
 from cllm_spheres.model import geometry, geometry_bf16
 from cllm_spheres.model.layout import Shape
 from tests.check import assert_close
+from tests.kernels.soft import KINDS, Soft
 from tests.model.conftest import PROGRESS
 from tests.naive import naive_logits, naive_loss_and_gradients
 
@@ -64,6 +65,21 @@ def test_the_gradient_of_every_tensor_equals_its_twins(whole, dtype, name, count
     expected, gradients = naive_loss_and_gradients(model.shape, model.parameters, inputs_BT, targets_BT)
     assert_loss(dtype, loss / inputs_BT.size, expected)
     assert_gradients(dtype, model.layout.views(segment_P), gradients)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_soft_targets_too(whole, dtype, name, kind, rng):
+    model = whole(SHAPES[name], dtype=dtype, size=SIZES[dtype])
+    inputs_BT, targets_BT = model.batch(3)
+    soft, cross_entropy = Soft(kind, model.shape.vocab_size, rng), np.full(1, np.nan)
+    loss, segment_P = model.shard(
+        inputs_BT, targets_BT, 1 / inputs_BT.size, soft=(soft.address, cross_entropy.ctypes.data)
+    )
+    expected, gradients = naive_loss_and_gradients(model.shape, model.parameters, inputs_BT, targets_BT, soft=soft.twin)
+    assert_loss(dtype, loss / inputs_BT.size, expected)
+    assert_gradients(dtype, model.layout.views(segment_P), gradients)
+    assert cross_entropy[0] == model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)[0]  # to the bit
 
 
 def test_a_shard_is_computed_in_groups_that_add_up(whole, dtype):

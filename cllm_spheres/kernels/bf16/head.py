@@ -12,11 +12,12 @@ from numba import types
 
 from cllm_spheres.crystal.functions import exp, log
 from cllm_spheres.crystal.jit import entry, kernel
-from cllm_spheres.kernels.arrays import f4, floats, integers, tokens
+from cllm_spheres.kernels.arrays import doubles, f4, floats, integers, row_sum, tokens
 from cllm_spheres.kernels.bf16.multiply import block_row, product
 from cllm_spheres.kernels.bf16.rows import largest_in_row, softmax_gradient_row, sum_of_exp
 from cllm_spheres.kernels.bf16.sizes import CHUNK
-from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, padded, round_row
+from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, padded, round_one, round_row
+from cllm_spheres.kernels.soft_targets import expected_logit, is_uniform, row_of, share_of
 
 _i8, _d8 = types.int64, types.float64
 _LOWEST = f4(-1e30)  # smaller than any logit
@@ -73,26 +74,42 @@ def _take_in(logits, stride, first_row, targets_N, first, count, largest_N, sums
 
 
 @kernel
-def _gradient(logits, stride, first_row, targets_N, first, count, lse_N, scale, form, columns):
-    """rows form of (softmax - onehot) * scale; rows with a negative target are padding: zero."""
+def _take_in_soft(soft, logits, stride, first_row, targets_N, first, count, expected_N):
+    """Add what a block's columns have of each row's sum of q * logits."""
+    for r in range(32):
+        target = np.int64(targets_N[first_row + r])
+        if target >= 0:
+            row = floats(logits + 4 * stride * r, count)
+            expected_N[first_row + r] += row_sum(row) if is_uniform(soft) else expected_logit(soft, target, row, first)
+
+
+@kernel
+def _gradient(soft, logits, stride, first_row, targets_N, first, count, vocabulary, lse_N, scale, form, columns):
+    """rows form of (softmax - (1 - alpha) onehot - alpha q) * scale; rows with a negative target are padding: zero."""
+    alpha = share_of(soft)
+    everywhere = f4(scale * alpha / vocabulary) if is_uniform(soft) else f4(0)
     for r in range(32):
         n = first_row + r
-        target = targets_N[n] - first
+        target = np.int64(targets_N[n])
         row, line = logits + 4 * stride * r, line_of(form, n, columns)
-        if target + first < 0:
+        if target < 0:
             floats(row, columns)[:] = f4(0)
             round_row(row, line, columns // 32, TILE)
             continue
-        softmax_gradient_row(row, line, count // 32, count % 32, lse_N[n], scale)
-        if target >= 0 and target < count:
-            # One line more, with the target's probability less one.
-            group = target // 32
-            x = floats(row + 128 * group, 32)
-            for j in range(32):
-                at = 32 * group + j
-                e = exp(x[j] - lse_N[n]) * scale if at < count else f4(0)
-                x[j] = e - scale if at == target else e
-            round_row(row + 128 * group, line + group * TILE, 1, TILE)
+        softmax_gradient_row(row, line, count // 32, count % 32, lse_N[n], f4(scale), everywhere)
+        _subtract(row, line, count, target - first, lse_N[n], scale, everywhere + f4(scale * (1.0 - alpha)))
+        if soft != 0:
+            ids, weights = row_of(soft, target)
+            for k in range(ids.size):
+                _subtract(row, line, count, ids[k] - first, lse_N[n], scale, f4(scale * alpha * weights[k]))
+
+
+@kernel
+def _subtract(row, line, count, j, lse, scale, share):
+    """Element j of a line of `_gradient` anew, where it is one of `count`: less by its share of the targets."""
+    if 0 <= j < count:
+        e = exp(floats(row, count)[j] - lse) * f4(scale)
+        round_one(e - share, line + j // 32 * TILE + j % 32 * 2)
 
 
 @kernel
@@ -108,8 +125,11 @@ def _finish(targets_N, largest_N, sums_N, at_target_N):
 
 
 @kernel
-def _sums(x, inner, wte_flipped, vocabulary, targets_N, stats, scratch, kept, beaten_N):
-    """Each row's largest logit, sum of exponentials and logit of the target; beaten_N, where it is not empty."""
+def _sums(x, inner, wte_flipped, vocabulary, targets_N, stats, scratch, kept, beaten_N, soft, expected_N):
+    """Each row's largest logit, sum of exponentials and logit of the target; beaten_N, where it is not empty.
+
+    With a card of soft targets also each row's sum of q * logits, undivided where q is uniform.
+    """
     n = targets_N.size
     largest_N, sums_N, at_target_N = stats[:n], stats[n : 2 * n], stats[2 * n : 3 * n]
     _begin(largest_N, sums_N, at_target_N)
@@ -121,6 +141,8 @@ def _sums(x, inner, wte_flipped, vocabulary, targets_N, stats, scratch, kept, be
             if beaten_N.size > 0:
                 _find_beaten(logits, stride, row, targets_N, first, count, largest_N, beaten_N)
             _take_in(logits, stride, row, targets_N, first, count, largest_N, sums_N, at_target_N)
+            if soft != 0:
+                _take_in_soft(soft, logits, stride, row, targets_N, first, count, expected_N)
     return largest_N, sums_N, at_target_N
 
 
@@ -134,7 +156,7 @@ def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch, cor
     targets_N, stats_4N = tokens(targets, n), floats(stats, 4 * n)
     beaten_N = stats_4N[3 * n :]
     largest_N, sums_N, at_target_N = _sums(
-        x, padded(width), wte_flipped, vocabulary, targets_N, stats_4N, scratch, 0, beaten_N
+        x, padded(width), wte_flipped, vocabulary, targets_N, stats_4N, scratch, 0, beaten_N, 0, doubles(stats, 0)
     )
     count = 0
     for r in range(n):
@@ -144,22 +166,36 @@ def head_loss(x, width, wte_flipped, vocabulary, n, targets, stats, scratch, cor
     return _finish(targets_N, largest_N, sums_N, at_target_N)
 
 
-@entry(_d8(*[_i8] * 16, _d8))
+@kernel
+def _excess(soft, vocabulary, targets_N, at_target_N, expected_N):
+    """alpha times what the soft targets add to the losses of the rows, float64."""
+    excess, alpha, divisor = 0.0, share_of(soft), vocabulary if is_uniform(soft) else 1
+    for n in range(targets_N.size):
+        if targets_N[n] >= 0:
+            excess += alpha * (np.float64(at_target_N[n]) - expected_N[n] / divisor)
+    return excess
+
+
+@entry(_d8(*[_i8] * 17, _d8))
 def head_loss_backward(
-    x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, stats, scratch, kept, form, turned, dx, dwte,
-    accumulate, scale,
+    x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, soft, stats, scratch, kept, form, turned, dx,
+    dwte, accumulate, scale,
 ):  # fmt: skip
     """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32.
 
-    stats: 3 n float32. x_pairs: pairs form of x; wte_pairs: pairs form of wte. kept: room for n x V float32, V padded,
-    or 0: then logits are computed twice. form, turned: room for n x CHUNK bfloat16 each.
+    x_pairs: pairs form of x; wte_pairs: pairs form of wte. soft: a card of soft_targets.py, or 0. stats: 5 n + 2
+    float32, of which the last two become a float64: what soft targets add to the loss, and to what is differentiated.
+    kept: room for n x V float32, V padded, or 0: then logits are computed twice. form, turned: room for n x CHUNK
+    bfloat16 each.
     """
     inner, targets_N, stats_3N = padded(width), tokens(targets, n), floats(stats, 3 * n)
-    nobody = stats_3N[:0]
+    nobody, expected_N = stats_3N[:0], doubles(stats + 12 * n, n)
+    expected_N[:] = 0.0
     largest_N, sums_N, at_target_N = _sums(
-        x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept, nobody
+        x, inner, wte_flipped, vocabulary, targets_N, stats_3N, scratch, kept, nobody, soft, expected_N
     )
     loss = _finish(targets_N, largest_N, sums_N, at_target_N)  # the first n of stats are the log-sum-exps now
+    doubles(stats + 20 * n, 1)[0] = _excess(soft, vocabulary, targets_N, at_target_N, expected_N) if soft != 0 else 0.0
     strip = padded(vocabulary) // 32 * TILE
     for first in range(0, vocabulary, CHUNK):
         count = min(CHUNK, vocabulary - first)
@@ -168,7 +204,7 @@ def head_loss_backward(
             logits, stride = _place(kept, scratch, row, first, vocabulary)
             if kept == 0:
                 _logits(x, row, inner, wte_flipped, first, count, logits, stride)
-            _gradient(logits, stride, row, targets_N, first, count, stats_3N, f4(scale), form, columns)
+            _gradient(soft, logits, stride, row, targets_N, first, count, vocabulary, stats_3N, scale, form, columns)
         product(n, width, columns, form, columns // 32 * TILE, wte_pairs + first // 32 * TILE, strip, dx, width,
                 first > 0, scratch)  # fmt: skip
         columns_of(form, turned, n, columns)

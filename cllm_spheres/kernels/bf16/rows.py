@@ -178,16 +178,17 @@ def sum_of_exp(b, row, groups, rest, shift):
     return total(L.Lanes(b, b.load(sums)))
 
 
-@vectorised(_i8, _i8, _i8, _i8, _f4, _f4)
-def softmax_gradient_row(b, row, line, groups, rest, lse, scale):
-    """line = exp(row - lse) * scale over 32 * groups numbers and `rest` < 32 more; zeros fill the last group."""
-    top, wide = spread(b, lse), spread(b, scale)
+@vectorised(_i8, _i8, _i8, _i8, _f4, _f4, _f4)
+def softmax_gradient_row(b, row, line, groups, rest, lse, scale, less):
+    """line = exp(row - lse) * scale - less over 32 * groups numbers and `rest` < 32 more; zeros fill the last group."""
+    top, wide, everywhere = spread(b, lse), spread(b, scale), spread(b, less)
     with each(b, groups) as loop:
-        store_line(b, [exp(load(b, row, at) - top) * wide for at in _halves(b, loop)], line, _tile(b, loop))
+        e = [exp(load(b, row, at) - top) * wide - everywhere for at in _halves(b, loop)]
+        store_line(b, e, line, _tile(b, loop))
     with b.if_then(b.icmp_signed(">", rest, L.constant(0))):
         end = b.mul(groups, L.constant(128))
         e = []
         for half in range(2):
-            x = load(b, row, b.add(end, L.constant(64 * half)))
-            e.append(exp(x.where(L.first_lanes(b, rest, 16 * half), _LOWEST) - top) * wide)
+            x, mask = load(b, row, b.add(end, L.constant(64 * half))), L.first_lanes(b, rest, 16 * half)
+            e.append((exp(x.where(mask, _LOWEST) - top) * wide - everywhere).where(mask, 0.0))
         store_line(b, e, line, b.mul(groups, L.constant(TILE)))

@@ -28,6 +28,7 @@ from cllm_spheres.crystal.lanes import (
     function,
     load,
     place,
+    spread,
     store,
     vectorised,
 )
@@ -37,7 +38,7 @@ LINE = 64
 
 _i16, _i32 = ir.IntType(16), ir.IntType(32)
 _words32 = ir.VectorType(_i16, 32)
-_int64 = types.int64
+_int64, _float32 = types.int64, types.float32
 
 
 class BFloat(ir.types.Type):
@@ -62,19 +63,23 @@ def _load(b, address, offset, vector):
     return b.load(pointer, align=4)
 
 
-def _store(b, value, address, offset):
-    b.store(value, b.inttoptr(b.add(address, offset), value.type.as_pointer()), align=4)
+def _store(b, value, address, offset, align=4):
+    b.store(value, b.inttoptr(b.add(address, offset), value.type.as_pointer()), align=align)
 
 
 def _shuffle(b, low, high, mask):
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(_i32, len(mask)), mask))
 
 
+def _line(b, halves):
+    """Two times 16 float32 -> 32 bfloat16, as words."""
+    convert = function(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _bfloat32, [FLOATS, FLOATS])
+    return b.bitcast(b.call(convert, [halves[1].value, halves[0].value]), _words32)
+
+
 def store_line(b, halves, address, offset):
     """Two times 16 float32 -> a line of 32 bfloat16 at address + offset bytes."""
-    convert = function(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _bfloat32, [FLOATS, FLOATS])
-    line = b.call(convert, [halves[1].value, halves[0].value])
-    _store(b, b.bitcast(line, _words32), address, offset)
+    _store(b, _line(b, halves), address, offset)
 
 
 def load_line(b, address, offset):
@@ -92,6 +97,14 @@ def round_row(b, row, line, groups, step):
         at = b.mul(loop.index, constant(128))
         halves = [load(b, row, at), load(b, row, b.add(at, constant(64)))]
         store_line(b, halves, line, b.mul(loop.index, step))
+
+
+@vectorised(_float32, _int64)
+def round_one(b, number, address):
+    """One bfloat16 at an address, rounded as in a line."""
+    wide = spread(b, number)
+    words = _line(b, [wide, wide])
+    _store(b, b.extract_element(words, ir.Constant(_i32, 0)), address, constant(0), align=2)
 
 
 @vectorised(*[_int64] * 3)

@@ -8,6 +8,7 @@ import pytest
 from tests import naive
 from tests.check import assert_close
 from tests.kernels.bf16.twins import BF16, form_of, padded, rounded, tiles
+from tests.kernels.soft import KINDS, Soft
 
 from cllm_spheres.kernels.bf16 import head  # isort: skip
 from cllm_spheres.kernels.bf16.sizes import CHUNK  # isort: skip
@@ -27,13 +28,13 @@ class Head:
         self.targets[[1, 5, *range(n - 7, n)]] = -1
         self.real = self.targets >= 0
 
-    def expected(self):
-        """The loss, dlogits, dx and dwte; nothing comes from padding rows."""
+    def expected(self, *soft):
+        """The loss, dlogits, dx and dwte; nothing comes from padding rows. soft: alpha and q_VV of `naive.wanted`."""
         x, wte = rounded(self.x), rounded(self.wte)
         logits = x[self.real] @ wte.T
         dlogits = np.zeros((self.n, self.v))
-        dlogits[self.real] = naive.cross_entropy_backward(logits, self.targets[self.real])
-        loss = naive.cross_entropy_forward(logits, self.targets[self.real])
+        dlogits[self.real] = naive.cross_entropy_backward(logits, self.targets[self.real], *soft)
+        loss = naive.cross_entropy_forward(logits, self.targets[self.real], *soft)
         return loss, dlogits, dlogits @ wte, dlogits.T @ x
 
     def loss(self):
@@ -49,19 +50,22 @@ class Head:
             )  # fmt: skip
         return loss, correct[0]
 
-    def backward(self, dx, dwte, accumulate, scale, keep=False):
-        stats, scratch = np.full(3 * self.n, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
+    def backward(self, dx, dwte, accumulate, scale, keep=False, soft=0):
+        stats, scratch = np.full(5 * self.n + 2, np.nan, np.float32), np.full(32 * CHUNK, np.nan, np.float32)
         chunk = min(CHUNK, padded(self.v))
         kept = np.full((self.n, padded(self.v)), np.nan, np.float32)
         form, turned = np.full((2, self.n * chunk), 0xFFC1, np.uint16)
         x, x_pairs = form_of("rows", self.x), form_of("pairs", self.x)
         wte, wte_pairs = form_of("flipped", self.wte), form_of("pairs", self.wte)
         with tiles():
-            return head.head_loss_backward.call(
+            loss = head.head_loss_backward.call(
                 x.ctypes.data, x_pairs.ctypes.data, self.c, wte.ctypes.data, wte_pairs.ctypes.data, self.v, self.n,
-                self.targets.ctypes.data, stats.ctypes.data, scratch.ctypes.data, kept.ctypes.data if keep else 0,
-                form.ctypes.data, turned.ctypes.data, dx.ctypes.data, dwte.ctypes.data, accumulate, scale,
+                self.targets.ctypes.data, soft, stats.ctypes.data, scratch.ctypes.data,
+                kept.ctypes.data if keep else 0, form.ctypes.data, turned.ctypes.data, dx.ctypes.data,
+                dwte.ctypes.data, accumulate, scale,
             )  # fmt: skip
+        self.excess = float(stats[-2:].view(np.float64)[0])
+        return loss
 
 
 @pytest.mark.parametrize(("n", "c", "v"), SIZES)
@@ -98,6 +102,26 @@ def test_backward_equals_its_twin_and_padding_rows_have_no_part_in_it(n, c, v, a
         bound = scale * (BF16 * terms + 1e-5 * np.abs(twin).max()) + accumulate * 2**-23
         assert (np.abs(found - scale * twin) <= bound).all()
     assert not dx[~one.real].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "c", "v"), SIZES)
+def test_with_soft_targets_losses_and_gradients_equal_their_twins(n, c, v, kind, rng, buffer):
+    one, soft, scale = Head(rng, n, c, v), Soft(kind, v, rng), 1 / 24
+    dx, dwte = buffer(n, c), buffer(v, c)
+    loss = one.backward(dx, dwte, 0, scale, soft=soft.address)
+    assert loss == one.loss()  # to the bit, whatever the soft targets
+    twin_loss, dlogits, dx_twin, dwte_twin = one.expected(*soft.twin)
+    assert abs(loss + one.excess - twin_loss) < 1e-5 * n
+    for found, twin, terms in (
+        (dx, dx_twin, np.abs(dlogits) @ np.abs(rounded(one.wte))),
+        (dwte, dwte_twin, np.abs(dlogits).T @ np.abs(rounded(one.x))),
+    ):
+        assert (np.abs(found - scale * twin) <= scale * (BF16 * terms + 1e-5 * np.abs(twin).max())).all()
+    assert not dx[~one.real].any()
+    kept_dx, kept_dwte = buffer(n, c), buffer(v, c)
+    assert one.backward(kept_dx, kept_dwte, 0, scale, keep=True, soft=soft.address) == loss
+    assert (kept_dx.tobytes(), kept_dwte.tobytes()) == (dx.tobytes(), dwte.tobytes())
 
 
 @pytest.mark.parametrize(("n", "c", "v"), SIZES)
