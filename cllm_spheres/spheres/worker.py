@@ -79,7 +79,8 @@ class Worker:
             memory.trace_words(worker)[1] = job.trace_marks
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
         self._keep = (
-            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, table, soft, memory,
+            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, table, soft,
+            memory,
         )  # fmt: skip
 
     def run(self) -> None:
