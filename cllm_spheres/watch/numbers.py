@@ -7,7 +7,7 @@ from rich.style import Style
 from cllm_spheres.units import compact, fixed, rate, size
 from cllm_spheres.watch.paint import ACCENT, DIM, FAINT, INK, STRONG, TITLE, WARM, Line, box, clean, seg, spread
 from cllm_spheres.watch.plot import Curve, plot, spark
-from cllm_spheres.watch.records import number
+from cllm_spheres.watch.records import cross_entropy_of, number
 from cllm_spheres.watch.series import Point, Series
 from cllm_spheres.watch.view import RunView
 
@@ -71,8 +71,11 @@ def _plot(title: str, points: list[Point], width: int, height: int) -> list[Line
 def _losses(view: RunView, rows: _Rows) -> None:
     wide, evaluation, best = rows.wide, view.eval, view.best
     recent = view.loss.recent()
-    mean = f"mean {fixed(recent)}" if recent is not None else ""
-    rows.add("training" if wide else "train", fixed(number(view.step, "loss")), mean, view.loss, ACCENT)
+    beside = f"mean {fixed(recent)}" if recent is not None else ""
+    loss, plain = number(view.step, "loss"), cross_entropy_of(view.step)
+    if plain != loss:  # soft targets: what is differentiated is more than the cross-entropy
+        beside = f"loss {fixed(loss)}"
+    rows.add("training" if wide else "train", fixed(plain), beside, view.loss, ACCENT)
     at = number(evaluation, "step")
     when = f"at {at:,.0f}" if at is not None else ""
     rows.add("validation" if wide else "val", fixed(number(evaluation, "val_loss")), when, view.val, WARM)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from cllm_spheres.events import Record
 from cllm_spheres.units import compact, duration, fixed, rate
 from cllm_spheres.watch.paint import clean
-from cllm_spheres.watch.records import number, step_of
+from cllm_spheres.watch.records import cross_entropy_of, number, step_of
 from cllm_spheres.watch.view import RunView
 
 FEW_STEPS = 60  # up to here every step has its line
@@ -16,10 +16,15 @@ SLOW_INTERVAL_S = 10.0  # in a long run, about a thousand lines or one in this t
 
 
 def step_line(record: Record, view: RunView) -> str:
-    """step  120/2000  loss 3.2145  lr 9.9e-04  norm 0.83  24.3k tok/s  eta 1m12s"""
+    """step  120/2000  loss 3.2145  lr 9.9e-04  norm 0.83  24.3k tok/s  eta 1m12s
+
+    With soft targets the plain cross-entropy stands beside the loss: loss 3.4212 (cross-entropy 3.2145).
+    """
     step, target = step_of(record), view.target
     place = f"{step:>{len(str(target))}}/{target}" if target else f"{step}"
-    parts = [f"step  {place}", f"loss {fixed(number(record, 'loss'))}", f"lr {rate(number(record, 'lr'))}"]
+    loss, plain = number(record, "loss"), cross_entropy_of(record)
+    beside = f" (cross-entropy {fixed(plain)})" if plain != loss else ""
+    parts = [f"step  {place}", f"loss {fixed(loss)}{beside}", f"lr {rate(number(record, 'lr'))}"]
     before, after = number(record, "grad_norm"), number(record, "clipped_norm")
     clipped = before is not None and after is not None and after < before * 0.9995
     parts.append(f"norm {fixed(before, 2)}" + (f" > {fixed(after, 2)}" if clipped else ""))

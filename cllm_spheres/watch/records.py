@@ -27,6 +27,12 @@ def finite(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def cross_entropy_of(record: Record) -> float | None:
+    """A step's plain cross-entropy, which compares with validation; older runs wrote only the loss, which it was."""
+    value = number(record, "cross_entropy")
+    return number(record, "loss") if value is None else value
+
+
 def step_of(record: Record, key: str = "step") -> int | None:
     """record[key] as a step number, else None."""
     value = number(record, key)

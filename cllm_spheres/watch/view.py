@@ -12,7 +12,7 @@ from typing import Any
 
 from cllm_spheres.config import MAX_SPHERES
 from cllm_spheres.events import Record
-from cllm_spheres.watch.records import Spheres, number, step_of
+from cllm_spheres.watch.records import Spheres, cross_entropy_of, number, step_of
 from cllm_spheres.watch.series import Series
 
 PHASES = ("pack", "compute", "waiting", "gather", "update", "other")  # not every run packs
@@ -95,9 +95,9 @@ class RunView:
         self.step = record
         if self._phase != "stopping":
             self._phase = "running"
-        for series, key in ((self.loss, "loss"), (self.lr, "lr"), (self.norm, "grad_norm"),
-                            (self.speed, "tokens_per_s")):  # fmt: skip
-            value = number(record, key)
+        for series, value in ((self.loss, cross_entropy_of(record)), (self.lr, number(record, "lr")),
+                              (self.norm, number(record, "grad_norm")),
+                              (self.speed, number(record, "tokens_per_s"))):  # fmt: skip
             if value is not None:
                 series.add(step, value)
         seconds, tokens = number(record, "seconds") or 0.0, number(record, "tokens") or 0.0
