@@ -3,8 +3,8 @@
     s(a, b) = gcd_weight * gcd(a, b) / max(a, b)  +  ulam_weight / (1 + |U(a) - U(b)|)
 
 a and b are numbers from 1 on, a token's rank + 1; U is the place on Ulam's spiral, |.| the Euclidean distance. The
-squared distance is a whole number below 2**64 and computed as one. What follows is rounded operation by operation, and no
-product is added to, so that none can be fused: the same bits on every machine, alone and in vectors.
+squared distance is a whole number below 2**64 and computed as one. What follows is rounded operation by operation, and
+no product is added to, so that none can be fused: the same bits on every machine, alone and in vectors.
 """
 
 # N numbers 1 to count, K neighbours, D divisors
