@@ -89,7 +89,7 @@ class Outcome:
     def curve(self) -> list[tuple[float, ...]]:
         """Of every step what must not depend on the workers."""
         return [
-            (r["step"], r["loss"], r["lr"], r["grad_norm"], r["clipped_norm"], r["total_tokens"])
+            (r["step"], r["loss"], r["cross_entropy"], r["lr"], r["grad_norm"], r["clipped_norm"], r["total_tokens"])
             for r in self.of("step")
         ]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from cllm_spheres.crystal.jit import entry
+from cllm_spheres.crystal.lattice import features
 from cllm_spheres.crystal.random import PURPOSE_WEIGHTS, key_of, normal
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers
 from cllm_spheres.kernels.sizes import BLOCK
@@ -38,8 +39,6 @@ def lattice_embedding(order_R: np.ndarray, layout: Layout) -> np.ndarray:
 
     order_R: the token ids by falling frequency.
     """
-    from cllm_spheres.crystal.lattice import features
-
     embedding_VC = np.empty((layout.shape.vocab_size, layout.shape.width), np.float32)
     embedding_VC[order_R] = features(*embedding_VC.shape) * f4(STANDARD_DEVIATION)
     return embedding_VC

@@ -15,9 +15,14 @@ RUNS = {
     "adamw": dict(MODEL, optimizer="adamw", clip=0.5, lr=3e-3),
     "sgd": dict(MODEL, optimizer="sgd", clip=0.5, lr=0.3),
     "adamw bf16": dict(MODEL, optimizer="adamw", clip=0.5, lr=3e-3, dtype="bf16"),
+    "crystalline": dict(MODEL, loss="crystalline", init="lattice", clip=0.5, lr=3e-3),
+    "crystalline bf16": dict(MODEL, loss="crystalline", alpha=0.3, clip=0.5, lr=3e-3, dtype="bf16"),
 }
 HAS_BF16 = pytest.mark.skipif(dtypes.usable("bf16") != "bf16", reason="no AVX512-BF16 here")
-NAMES = ["adamw", "sgd", pytest.param("adamw bf16", marks=HAS_BF16)]
+NAMES = [
+    "adamw", "sgd", pytest.param("adamw bf16", marks=HAS_BF16), "crystalline",
+    pytest.param("crystalline bf16", marks=HAS_BF16),
+]  # fmt: skip
 DTYPES = ["fp32", pytest.param("bf16", marks=HAS_BF16)]
 # Nothing here is a multiple of anything: 130 sequences over 63 spheres, 65 characters, a width of 36, heads of 12.
 ODD = dict(
@@ -63,8 +68,12 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_workers(trained, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "before", "after"), [("adamw", 7, 63), ("sgd", 63, 2), pytest.param("adamw bf16", 2, 7, marks=HAS_BF16)]
-)
+    ("name", "before", "after"),
+    [
+        ("adamw", 7, 63), ("sgd", 63, 2), ("crystalline", 2, 63), pytest.param("adamw bf16", 2, 7, marks=HAS_BF16),
+        pytest.param("crystalline bf16", 63, 2, marks=HAS_BF16),
+    ],
+)  # fmt: skip
 def test_a_resume_with_another_number_of_workers_ends_in_the_same_bits(trained, corpus, tmp_path, name, before, after):
     stopped = train_whole(corpus, tmp_path / "run", **RUNS[name], workers=before, stop_at=13)
     assert [r["step"] for r in stopped.of("step")] == list(range(1, 14))
@@ -84,7 +93,8 @@ def test_these_runs_clip_and_learn(trained, name):
     assert any(r["clipped_norm"] < r["grad_norm"] for r in steps)
     assert any(r["clipped_norm"] == r["grad_norm"] for r in steps)
     # the first loss is that of guessing among 257 ids; guessing among the 64 characters that occur is better
-    assert steps[0]["loss"] > 5.4 and np.mean([r["loss"] for r in steps[-5:]]) < np.log(64)
+    assert steps[0]["cross_entropy"] > 5.4 and np.mean([r["cross_entropy"] for r in steps[-5:]]) < np.log(64)
+    assert all((r["loss"] == r["cross_entropy"]) == (not name.startswith("crystalline")) for r in steps)
 
 
 @pytest.mark.slow

@@ -1,0 +1,149 @@
+"""Runs whose targets are soft: what may be asked for, the file of neighbours, and the same bits as ever."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cllm_spheres.config import merge
+from cllm_spheres.crystal.lattice import features
+from cllm_spheres.errors import InputError
+from cllm_spheres.text.frequency import frequency_order
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.soft_targets import NAME, loss_options, table
+from tests.runs import resume, train_whole
+
+SHORT = dict(steps=12, eval_every=6, save_every=6, seed=3)
+
+
+def options_of(vocab_size=257, **options):
+    return loss_options(merge(options)[0], vocab_size)
+
+
+def test_what_is_left_open_is_filled_in_and_what_a_loss_does_not_have_is_off():
+    crystal = dict(alpha=0.1, neighbours=16, neighbour_temperature=0.1, gcd_weight=0.7, ulam_weight=0.3)
+    assert options_of(loss="crystalline") == options_of(loss="random") == crystal
+    assert options_of(loss="crystalline", vocab_size=9)["neighbours"] == 8
+    assert options_of(loss="smoothing", alpha=0.2) == dict.fromkeys(crystal) | {"alpha": 0.2}
+    assert options_of() == dict.fromkeys(crystal)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(alpha=0.2), "--alpha 0.2 means nothing to --loss cross-entropy"),
+        (dict(loss="smoothing", neighbours=4), "--neighbours 4 means nothing to --loss smoothing"),
+        (
+            dict(loss="crystalline", vocab_size=1),
+            "--loss crystalline needs two tokens or more, and the vocabulary is 1",
+        ),
+        (dict(loss="crystalline", neighbours=257), "--neighbours 257 are more than the others of a vocabulary of 257"),
+        (dict(loss="crystalline", gcd_weight=0, ulam_weight=0), "no token is more similar than another"),
+        (dict(loss="crystalline", alpha=1.5), "--alpha 1.5: input should be less than or equal to 1"),
+        (dict(loss="crystalline", alpha=-0.1), "--alpha -0.1: input should be greater than or equal to 0"),
+        (
+            dict(loss="crystalline", neighbour_temperature=0),
+            "--neighbour-temperature 0: input should be greater than 0",
+        ),
+        (dict(loss="cristalline"), "--loss cannot be 'cristalline': did you mean 'crystalline'?"),
+        (dict(init="latice"), "--init cannot be 'latice': did you mean 'lattice'?"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(options, said):
+    with pytest.raises(InputError) as refused:
+        options_of(**options)
+    assert said in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def crystalline(corpus, tmp_path_factory):
+    return train_whole(corpus, tmp_path_factory.mktemp("crystalline") / "run", loss="crystalline", **SHORT)
+
+
+def test_both_losses_are_written_down_and_the_evaluation_is_plain(crystalline, corpus, tmp_path):
+    plain = train_whole(corpus, tmp_path / "run", **SHORT)
+    first, plain_first = crystalline.of("step")[0], plain.of("step")[0]
+    assert first["cross_entropy"] == plain_first["cross_entropy"] == plain_first["loss"]  # of the same weights
+    assert first["loss"] != first["cross_entropy"]
+    assert crystalline.evaluations[0] == plain.evaluations[0]
+    assert crystalline.files != plain.files
+
+
+@pytest.mark.parametrize("loss", ["smoothing", "random"])
+def test_the_other_soft_targets_learn_too(loss, corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", loss=loss, alpha=0.2, **SHORT)
+    assert run.evaluations[-1][1] < run.evaluations[0][1] - 0.5
+    assert (run.run / NAME).exists() == (loss == "random")
+
+
+def test_a_run_without_its_file_makes_it_again_and_keeps_its_bits(crystalline, corpus, tmp_path):
+    made = (crystalline.run / NAME).read_bytes()
+    for damage in ("missing", "cut short", "one bit", "another run's"):
+        run = tmp_path / damage
+        train_whole(corpus, run, loss="crystalline", **SHORT, stop_at=6)
+        path = run / NAME
+        assert path.read_bytes() == made
+        if damage == "missing":
+            path.unlink()
+        elif damage == "cut short":
+            path.write_bytes(made[:-1])
+        elif damage == "one bit":
+            path.write_bytes(bytes([made[0] ^ 1]) + made[1:])
+        else:
+            other = train_whole(corpus, tmp_path / "other", loss="random", **SHORT)
+            path.write_bytes((other.run / NAME).read_bytes())
+        resumed = resume(run, workers=1)
+        assert path.read_bytes() == made
+        assert (resumed.curve, resumed.files) == (crystalline.curve, crystalline.files)
+
+
+def test_a_share_of_nothing_is_the_plain_loss_to_the_bit(corpus, tmp_path):
+    plain = train_whole(corpus, tmp_path / "plain", **SHORT)
+    assert train_whole(corpus, tmp_path / "run", loss="crystalline", alpha=0.0, **SHORT).bits == plain.bits
+
+
+@pytest.mark.parametrize("fault", ["forward:5:1:kill", "backward:5:2:kill", "update:7:0:kill"])
+def test_a_death_changes_no_bit(fault, crystalline, corpus, tmp_path):
+    from dataclasses import replace
+
+    from cllm_spheres.training import session
+    from cllm_spheres.training.launch import Launch
+    from tests.runs import TINY, finished
+
+    plan = session.new_run(corpus, TINY | dict(loss="crystalline", **SHORT), run=tmp_path / "run", file=None)
+    disturbed = finished(Launch().obey(replace(plan, faults=(fault,))))
+    assert disturbed.code == 0 and disturbed.event("recovered")
+    assert disturbed.bits == crystalline.bits
+
+
+def test_neighbours_are_ordered_by_the_frequency_of_the_training_part(crystalline, corpus):
+    prepared = Prepared.open(corpus)
+    order_R, counts_V = frequency_order(prepared)
+    assert np.array_equal(counts_V, np.bincount(prepared.train, minlength=prepared.vocab_size))
+    ids_VK, _ = table(crystalline.config, prepared)
+    # of number 1 the nearest is 2: half a divisor in common, and beside it on the spiral
+    assert ids_VK[order_R[0], 0] == order_R[1]
+    data = (crystalline.run / NAME).read_bytes()
+    assert data[: ids_VK.nbytes] == ids_VK.tobytes()
+
+
+def test_embeddings_begin_on_the_lattice(corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", init="lattice", lr=1e-30, weight_decay=0.0, steps=1)
+    usual = train_whole(corpus, tmp_path / "usual", lr=1e-30, weight_decay=0.0, steps=1)
+    prepared = Prepared.open(corpus)
+    order_R, _ = frequency_order(prepared)
+    found, others = run.weights(), usual.weights()
+    expected_VC = features(prepared.vocab_size, run.config.width) * np.float32(0.02)
+    assert np.allclose(found["wte.weight"][order_R], expected_VC, rtol=0, atol=1e-29)  # one step of 1e-30
+    assert abs(expected_VC.std() - 0.02) < 1e-3 and abs(others["wte.weight"].std() - 0.02) < 1e-3
+    for name in found.keys() - {"wte.weight"}:
+        assert np.allclose(found[name], others[name], rtol=0, atol=1e-29), name
+
+
+def test_a_model_that_is_begun_from_has_its_own_embeddings(crystalline, corpus, tmp_path):
+    from cllm_spheres.training import session
+
+    with pytest.raises(InputError, match="--init lattice contradicts --from"):
+        session.new_run(
+            corpus, dict(init="lattice"), run=tmp_path / "run", file=None, start_from=crystalline.run
+        )  # fmt: skip
