@@ -85,7 +85,7 @@ def _training(checkpoint: Checkpoint | None) -> dict[str, Any]:
     facts["step of this checkpoint"] = f"{checkpoint.step:,} of {config.get('steps', checkpoint.step):,}"
     facts["training tokens seen"] = state.get("total_tokens")
     facts |= _losses(run, checkpoint.step)
-    keys = ("batch_size", "block_size", "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2",
+    keys = ("batch_size", "block_size", "init", "loss", "alpha", "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2",
             "weight_decay", "clip", "dropout", "seed", "spheres")  # fmt: skip
     facts |= {key.replace("_", " "): config[key] for key in keys if key in config}
     numerics = state.get("fingerprint")
@@ -118,7 +118,7 @@ def _losses(run: Path, step: int) -> dict[str, Any]:
             if record.get("step") != step:
                 continue
             if record["kind"] == "step":
-                facts["training loss (nats a token)"] = _number(record.get("loss"))
+                facts["training loss (nats a token)"] = _number(record.get("cross_entropy", record.get("loss")))
             elif record["kind"] == "eval":
                 facts["validation loss (nats a token)"] = _number(record.get("val_loss"))
                 if record.get("bits_per_byte") is not None:

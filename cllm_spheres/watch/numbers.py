@@ -117,5 +117,7 @@ def _setting(view: RunView, rows: _Rows) -> None:
         rows.add("model", f"{facts['layers']} layers", f"width {facts['width']}, {facts['heads']} heads", style=INK)
     if {"batch_size", "block_size"} <= facts.keys():
         rows.add("batch", f"{facts['batch_size']} × {facts['block_size']}", "tokens", style=INK)
+    if facts.get("loss", "cross-entropy") != "cross-entropy":
+        rows.add("loss", facts["loss"], f"alpha {facts.get('alpha', '')}", style=INK)
     if "optimizer" in facts:
         rows.add("optimizer", facts["optimizer"], facts.get("schedule", ""), style=INK)
