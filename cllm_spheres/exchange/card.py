@@ -85,8 +85,8 @@ def _training(checkpoint: Checkpoint | None) -> dict[str, Any]:
     facts["step of this checkpoint"] = f"{checkpoint.step:,} of {config.get('steps', checkpoint.step):,}"
     facts["training tokens seen"] = state.get("total_tokens")
     facts |= _losses(run, checkpoint.step)
-    keys = ("batch_size", "block_size", "init", "loss", "alpha", "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2",
-            "weight_decay", "clip", "dropout", "seed", "spheres")  # fmt: skip
+    keys = ("batch_size", "block_size", "init", "loss", "alpha", "optimizer", "lr", "min_lr", "warmup", "schedule",
+            "beta1", "beta2", "weight_decay", "clip", "dropout", "seed", "spheres")  # fmt: skip
     facts |= {key.replace("_", " "): config[key] for key in keys if key in config}
     numerics = state.get("fingerprint")
     if isinstance(numerics, dict):
