@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from cllm_spheres_cli.bench import bench
 from cllm_spheres_cli.chat import chat
+from cllm_spheres_cli.crystal import crystal
 from cllm_spheres_cli.data import data
 from cllm_spheres_cli.doctor import doctor
 from cllm_spheres_cli.eval import evaluate
@@ -51,7 +52,7 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, generate, chat, serve, export, prepare, data, doctor):
+for command in (scale, watch, generate, chat, serve, export, prepare, data, crystal, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("import")(import_)

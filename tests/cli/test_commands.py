@@ -30,6 +30,7 @@ OPTIONS = {
         "--host --port --checkpoint --dtype --slots --threads --queue --max-tokens --timeout --api-key-file"
         " --allow-host --allow-origin"
     ),
+    "crystal": "--show --token --count --gcd-weight --ulam-weight --out --preset --tokenizer --vocab-size",
     "doctor": "--preset --spheres --workers --dtype --run --json",
 }
 
@@ -45,7 +46,7 @@ def test_help_names_every_option_of_the_contract_and_fits_80_columns(name, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["serve", "bench peers", "bench scaling", "bench kernels", "bench load"])
+@pytest.mark.parametrize("name", ["serve", "crystal", "bench peers", "bench scaling", "bench kernels", "bench load"])
 def test_help_names_the_extra_that_a_command_needs(name, tmp_path):
     assert re.search(r"pip\s+install\s+'cllm-spheres\[[a-z]+\]'", command(*name.split(), "--help", cwd=tmp_path).stdout)
 

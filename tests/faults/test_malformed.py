@@ -807,6 +807,7 @@ FLAGS = {
     ],
     "watch": ["--plain", "--width", "--height", "--svg"],
     "data": [],
+    "crystal": ["--show", "--token", "--count", "--gcd-weight", "--ulam-weight", "--out", "--tokenizer"],
     "bench peers": [
         "--sizes",
         "--dtypes",
@@ -838,6 +839,7 @@ FIRST = {
     "generate": [[], ["run", "--tokens", "2"], ["--tokens", "3"], ["run", "--tokens", "0"]],
     "watch": [["--once"], ["run", "--once"], ["run", "--svg", "picture.svg"]],
     "data": [[], ["good"], ["text"]],
+    "crystal": [["good"], ["good", "--token", "1"], ["text", "--show", "matrix"], ["good", "--out", "picture.svg"]],
 }  # fmt: skip
 
 
