@@ -13,6 +13,7 @@ from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.model.layout import Shape
 from tests.kernels import masks
+from tests.kernels.soft import KINDS, Soft
 from tests.model.conftest import DTYPES
 from tests.model.test_gpt import BF16_GRADIENT, BF16_LOSS, SHAPES, SIZES, assert_gradients, dropout_key
 from tests.naive import naive_loss_and_gradients
@@ -37,19 +38,21 @@ def test_the_gradient_points_where_the_float64_gradient_points(whole, name):
     assert abs(np.linalg.norm(found) / np.linalg.norm(exact) - 1) < 0.01  # measured: 0.26 % and less
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_loss_falls_along_the_gradient_as_the_gradient_says(whole, name):
+@pytest.mark.parametrize(("name", "kind"), [(name, None) for name in SHAPES] + [("odd", kind) for kind in KINDS])
+def test_the_loss_falls_along_the_gradient_as_the_gradient_says(whole, name, kind, rng):
     """A central difference over a step so long that the loss moves by far more than rounding moves it."""
     model = whole(SHAPES[name], dtype="bf16", size=SIZE)
     inputs_BT, targets_BT = model.batch(3)
     start_P = model.params_P.copy()
-    _, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)
+    targets = Soft(kind, model.shape.vocab_size, rng) if kind else None
+    soft = (targets.address if targets else 0, 0)
+    _, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size, soft=soft)
     slope = np.linalg.norm(segment_P.astype(float))
     step = 0.05 / slope  # along the gradient the loss moves by 5 % of a nat, to either side
     losses = []
     for sign in (1, -1):
         model.params_P[:] = start_P + sign * step * segment_P / slope
-        losses.append(model.shard(inputs_BT, targets_BT, 1.0)[0] / inputs_BT.size)
+        losses.append(model.shard(inputs_BT, targets_BT, 1.0, soft=soft)[0] / inputs_BT.size)
     # Measured: up to 2.3 % where the loss curves (float64's own difference is off by as much), of which the rounding
     # of both losses is 0.7 %. Over a fifth of this step rounding alone makes 1.6 %.
     assert abs((losses[0] - losses[1]) / (2 * step) / slope - 1) < 0.04
