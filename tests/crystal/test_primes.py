@@ -89,7 +89,7 @@ def test_factors_are_sympys(n):
     assert factorise(n) == sorted(sympy.factorint(n).items())
 
 
-@given(st.lists(st.integers(2, 2**21), min_size=2, max_size=3))
+@given(st.lists(st.integers(2, 2**21 - 1), min_size=2, max_size=3))
 @untimed
 def test_products_fall_apart_into_their_factors(numbers):
     assert factorise(math.prod(numbers)) == sorted(sympy.factorint(math.prod(numbers)).items())
