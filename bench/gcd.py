@@ -35,7 +35,7 @@ from cllm_spheres_bench.gcd_loops import (  # noqa: E402
 )
 from cllm_spheres_bench.kernel_cases import Product, aligned, product_candidates  # noqa: E402
 from cllm_spheres_bench.kernels import measure  # noqa: E402
-from cllm_spheres_bench.machine import facts, markdown, results_folder, write_results  # noqa: E402
+from cllm_spheres_bench.machine import facts, markdown, results_folder, told, write_results  # noqa: E402
 
 from cllm_spheres.crystal.gcd_lanes import GROUP  # noqa: E402
 from cllm_spheres.machine import usable_cores  # noqa: E402
@@ -181,4 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

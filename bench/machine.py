@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +16,20 @@ from typing import Any
 
 import psutil
 
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, SpheresError
 from cllm_spheres.machine import usable_cores
 
 HERE = Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """A script's errors of ours are said without a traceback, and end it with their exit code."""
+    try:
+        yield
+    except SpheresError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def cpu_name() -> str:

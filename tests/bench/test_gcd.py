@@ -74,7 +74,7 @@ def test_a_small_run_writes_its_tables_and_leaves_the_cores_as_they_were(tmp_pat
 
 
 def test_what_cannot_be_measured_is_told():
-    for words in (["--repeats", "0"], ["--seconds", "nan"], ["--what"]):
+    for words in (["--repeats", "0"], ["--seconds", "nan"], ["--what"], ["--out", "/proc/nowhere"]):
         command = [sys.executable, "-m", "cllm_spheres_bench.gcd", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "Traceback" not in done.stderr
