@@ -72,6 +72,8 @@ CASES = {
     ),
     "damaged configuration": ("train --resume --run damaged-config", ["config.toml is damaged", "--layers"]),
     "damaged data": ("train damaged", ["The prepared folder damaged is damaged: train.bin has", "instead of"]),
+    "crystal of no token": ("crystal {corpus} --token abc", ["'abc' is no token of this vocabulary of 257"]),
+    "crystal of too many": ("crystal {corpus} --count 300", ["--count 300 is not possible", "give 1 to 257"]),
     "generate nothing": ("generate nowhere", ["There is no run nowhere"]),
     "generate no step": ("generate {run} --checkpoint 99", ["no checkpoint of step 99"]),
     "generate with what cannot be": (

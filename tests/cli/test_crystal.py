@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cllm_spheres_cli.app import app
 from cllm_spheres_cli.crystal_corpus import SPACE, Corpus, visible
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from cllm_spheres.crystal.similarity import similarity
@@ -98,6 +99,14 @@ def test_a_spiral_fits_its_columns(show, corpus, columns):  # noqa: F811
     for count in ((), ("--count", 257)):
         picture = show(corpus, *count, columns=columns).split("\n\n")[0].splitlines()
         assert max(map(len, picture)) <= columns
+
+
+def test_wide_characters_move_nothing(show, tmp_path):
+    folder = made(tmp_path, "\u6f22\u5b57\u8a9e\U0001f600abc\n" * 30)
+    lines = show(folder, "--count", 8, columns=36).split("\n\n")[0].splitlines()
+    assert len(lines) == 6 and {cell_len(line) for line in lines} == {36}
+    rows = [line for line in show(folder, "--show", "groups").splitlines() if line[:1] in ("│", "└")]
+    assert len({cell_len(row) for row in rows}) == 1
 
 
 def test_a_large_spiral_shows_the_primes_alone(show, corpus):  # noqa: F811
