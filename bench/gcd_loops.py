@@ -1,6 +1,7 @@
 """Pairs of numbers or of rows -> the same comparison many times, in jitted code: the way in costs nothing.
 
-Each loop returns a sum of what it computed, so that nothing can be left out.
+Each loop over pairs returns a sum of what it computed, so that nothing can be left out, and goes on where the call
+before ended: a short call repeated would teach the caches and the branch predictor its pairs.
 """
 
 # N pairs, V tokens, D dimensions
@@ -19,6 +20,7 @@ from cllm_spheres.crystal.lanes import Lanes, constant, load, spread, total, var
 from cllm_spheres.crystal.primes import gcd
 from cllm_spheres.crystal.similarity import _all_divisors, _gcds_of_row, similarity
 
+PAIRS = 512  # of a call; there are more of them, N, at least PAIRS
 ACCUMULATORS = 4  # of 16 floats: the sums of a fused multiply-add that are under way at once
 
 
@@ -43,42 +45,54 @@ def euclid(a, b):
 
 
 @kernel
-def repeat_binary(times, a_N, b_N):
+def _next(cursor, num_pairs):
+    """Where a call begins: PAIRS further than the one before, so that no two in a row are about the same."""
+    start = cursor[0]
+    cursor[0] = start + PAIRS if start + 2 * PAIRS <= num_pairs else 0
+    return start
+
+
+@kernel
+def repeat_binary(times, cursor, a_N, b_N):
     """Stein's gcd."""
     checksum = 0
     for _ in range(times):
-        for i in range(a_N.size):
+        start = _next(cursor, a_N.size)
+        for i in range(start, start + PAIRS):
             checksum += gcd(a_N[i], b_N[i])
     return checksum
 
 
 @kernel
-def repeat_euclid(times, a_N, b_N):
+def repeat_euclid(times, cursor, a_N, b_N):
     """Euclid's gcd, unsigned and of 32 bits, which this CPU divides fastest."""
     checksum = 0
     for _ in range(times):
-        for i in range(a_N.size):
+        start = _next(cursor, a_N.size)
+        for i in range(start, start + PAIRS):
             checksum += euclid(np.uint32(a_N[i]), np.uint32(b_N[i]))
     return checksum
 
 
 @kernel
-def repeat_similarity(times, a_N, b_N):
+def repeat_similarity(times, cursor, a_N, b_N):
     """The crystal's whole similarity."""
     checksum = 0.0
     for _ in range(times):
-        for i in range(a_N.size):
+        start = _next(cursor, a_N.size)
+        for i in range(start, start + PAIRS):
             checksum += similarity(a_N[i], b_N[i], 0.7, 0.3)
     return checksum
 
 
 @kernel
-def repeat_dots(times, a_N, b_N, table_VD):
+def repeat_dots(times, cursor, a_N, b_N, table_VD):
     """Dot products of rows of a table."""
     checksum = np.float32(0)
     size = table_VD.shape[1] * 4
     for _ in range(times):
-        for i in range(a_N.size):
+        start = _next(cursor, a_N.size)
+        for i in range(start, start + PAIRS):
             checksum += dot(table_VD.ctypes.data + a_N[i] * size, table_VD.ctypes.data + b_N[i] * size, size)
     return checksum
 
