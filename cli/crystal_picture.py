@@ -29,7 +29,7 @@ _INCHES = 7.0  # of a square picture
 
 
 def write(path: Path, figure: Figure) -> None:
-    """Save a figure; InputError where the file cannot be written, which is left as it was."""
+    """Save a figure; InputError where the file cannot be written."""
     kind = path.suffix.lower().removeprefix(".")
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "crystal"}), warnings.catch_warnings():
