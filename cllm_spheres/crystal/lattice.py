@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.crystal.primes import nth_prime, sieve
+from cllm_spheres.crystal.primes import sieve
 from cllm_spheres.errors import InputError
 
 GROUPS = 12
@@ -118,7 +118,9 @@ def features(count: int, width: int) -> npt.NDArray[np.float32]:
     """The lattice's features, float32 [V, C]: row r is that of rank r. Its columns, as many as there is room for:
 
     2 of the golden spiral; 11 of the group: the cosine and sine of 2 pi k n / 12, k = 1 to 6, whose last sine is 0;
-    then the cosine and sine of 2 pi n / p for the primes p = 5, 7, 11, ... (those of 2 and 3 the group has already).
+    then the cosine and sine of 2 pi k n / p, k = 1 to (p - 1) / 2, for p = 5, 7, 11, ... (2 and 3 the group has
+    already): all that depends on n mod p alone. No two of the fractions k / p are near each other, so that the columns
+    are independent; of first harmonics alone those of large primes would be nearly the same.
 
     Each is centred and brought to variance 1, and then each row to the norm sqrt(C), which moves the means a little.
     Rows of few channels may be equal. InputError for a count or a width below 1.
@@ -147,8 +149,11 @@ def features(count: int, width: int) -> npt.NDArray[np.float32]:
 
 def _periods(width: int) -> list[tuple[int, int]]:
     """(multiple, period) of each pair of columns behind the golden ones; of the last the sine may have no room."""
-    of_group = [(k, GROUPS) for k in range(1, GROUPS // 2 + 1)]
-    num_primes = max(0, width - 2 - (GROUPS - 1) + 1) // 2
-    if num_primes == 0:
-        return of_group[: max(0, width - 2 + 1) // 2]
-    return of_group + [(1, int(p)) for p in sieve(nth_prime(num_primes + 2))[2:]]
+    rest = width - 2
+    wanted = max(0, (rest + (1 if rest < GROUPS - 1 else 2)) // 2)
+    pairs = [(k, GROUPS) for k in range(1, GROUPS // 2 + 1)]
+    for p in sieve(max(100, width))[2:].tolist():  # the primes up to x have about x**2 / (4 log x) pairs
+        if len(pairs) >= wanted:
+            break
+        pairs += [(k, p) for k in range(1, (p - 1) // 2 + 1)]
+    return pairs[:wanted]
