@@ -19,12 +19,20 @@ from cllm_spheres.errors import InputError, nearest, shown
 MAX_SPHERES = 156  # 12 + 144 places around Node Zero
 MAX_STEPS = 10**9
 MAX_NEIGHBOURS = 4096  # each costs time in every row of the head
+MAX_WEIGHT = 1e6
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**20  # far above what trains on a CPU; sizes of them fit 64 bits
 MOST_LINES = 8  # of one message
 MAX_TOML_BYTES = 1 << 20  # a real one has about 5,000
 # Of a run's own config.toml: what it was trained on, and the model that it began from.
 ORIGIN_KEYS = ("text", "from", "from_fingerprint")
 DATA_KEYS = ("data", "data_fingerprint", *ORIGIN_KEYS)
+
+
+# Of each loss the options that it has besides.
+_NEIGHBOURS = ("alpha", "neighbours", "neighbour_temperature", "gcd_weight", "ulam_weight")
+LOSSES: dict[str, tuple[str, ...]] = {
+    "cross-entropy": (), "smoothing": ("alpha",), "crystalline": _NEIGHBOURS, "random": _NEIGHBOURS,
+}  # fmt: skip
 
 
 class Config(BaseModel):
@@ -88,9 +96,11 @@ class Config(BaseModel):
         None, gt=0, description="Of the softmax over a token's similarities: the lower, the more goes to the most "
         "similar. Default: 0.1.",
     )  # fmt: skip
-    gcd_weight: float | None = Field(None, ge=0, description="Of gcd(a, b) / max(a, b) in similarity. Default: 0.7.")
+    gcd_weight: float | None = Field(
+        None, ge=0, le=MAX_WEIGHT, description="Of gcd(a, b) / max(a, b) in similarity. Default: 0.7."
+    )
     ulam_weight: float | None = Field(
-        None, ge=0, description="Of 1 / (1 + distance on Ulam's spiral) in similarity. Default: 0.3."
+        None, ge=0, le=MAX_WEIGHT, description="Of 1 / (1 + distance on Ulam's spiral) in similarity. Default: 0.3."
     )
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum (--beta1).")
@@ -176,6 +186,9 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
     Given None values are ignored. Raises InputError for unknown keys and values out of range.
     """
     chosen = {key: value for key, value in read_toml(file).items() if key not in DATA_KEYS} if file else {}
+    if given.get("loss") in LOSSES:  # the file's may have options that this one has not
+        for key in {*_NEIGHBOURS} - {*LOSSES[given["loss"]]}:
+            chosen.pop(key, None)
     chosen |= {key: value for key, value in given.items() if value is not None}
     for key in chosen:
         if key not in Config.model_fields:

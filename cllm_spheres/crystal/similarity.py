@@ -11,12 +11,12 @@ no product is added to, so that none can be fused: the same bits on every machin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from cllm_spheres.config import MAX_WEIGHT
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.primes import factorise, gcd
 from cllm_spheres.crystal.ulam import place, places
@@ -188,5 +188,5 @@ def _check(count: int, gcd_weight: float, ulam_weight: float) -> None:
     if not 1 <= count <= LARGEST_COUNT:
         raise InputError(f"A crystal of {count:,} numbers is not possible: give 1 to {LARGEST_COUNT:,}.")
     for name, weight in (("gcd", gcd_weight), ("ulam", ulam_weight)):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"The {name} weight is {weight}: give a number from 0 on.")
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise InputError(f"The {name} weight is {weight}: give a number from 0 to {MAX_WEIGHT:,.0f}.")

@@ -36,8 +36,7 @@ class Job:
     skip_nonfinite: bool = False
     dtype: str = "fp32"  # of the kernels' arithmetic
     alpha: float = 0.0  # the share of each target that soft targets take
-    neighbours: int = 0  # of a token in `soft_targets`; 0: they are uniform over the vocabulary
-    soft_targets: str = ""  # a file as training/soft_targets.py writes it
+    neighbours: int = 0  # of a token in the table of soft targets; 0: they are uniform over the vocabulary
     trains: bool = True  # else it evaluates the windows of `val`, and holds nothing but weights
     trace_marks: int = 0  # room for the trace of a step, for each worker
     faults: list[tuple[str, int, int, str]] = field(default_factory=list)  # those of a faults.Fault each
@@ -56,6 +55,7 @@ class Job:
             packed_bytes=packed_bytes,
             pack_units=pack_units,
             trace_marks=self.trace_marks,
+            soft_targets=self.shape.vocab_size * self.neighbours,
         )
 
     @property

@@ -90,6 +90,7 @@ class Sizes:
     packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
     pack_units: int = 0  # units of work that fill them
     trace_marks: int = 0  # of a worker in a traced step (kernels/trace.py); 0: no step is traced
+    soft_targets: int = 0  # entries of their table, neighbours of all tokens
     trains: bool = True  # else weights are evaluated: no moments, no gradients
 
     @property
@@ -134,6 +135,7 @@ class Regions:
         self.slots = place(sizes.num_spheres * SLOT_FLOATS * 4, PAGE)
         self.trace_stride = 8 * (HEADER_WORDS + 2 * sizes.trace_marks)
         self.traces = place(sizes.num_spheres * self.trace_stride if sizes.trace_marks else 0, PAGE)
+        self.soft_targets = place(8 * sizes.soft_targets, PAGE)
         self.params = place(flat, PAGE)
         self.moments = place(flat if sizes.trains else 0, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
@@ -198,6 +200,11 @@ class SharedMemory:
     @property
     def squares(self) -> np.ndarray:
         return self.floats(self.regions.squares, self.sizes.num_parameters if self.sizes.has_squares else 0)
+
+    def lay_soft_targets(self, table: bytes) -> None:
+        """int32 neighbours, then float32 weights, as training/soft_targets.py makes them."""
+        start = self.regions.soft_targets
+        self._bytes[start : start + 8 * self.sizes.soft_targets] = np.frombuffer(table, np.uint8)
 
     def segment(self, sphere: int) -> np.ndarray:
         return self.floats(self.regions.segments + sphere * self.regions.stride, self.sizes.num_parameters)

@@ -43,11 +43,10 @@ class Worker:
         val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
         inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
         arena, block_sum = new_arena(shape_on_card.arena_floats), new_arena(BLOCK)
-        table = np.memmap(job.soft_targets, np.uint8, "r") if job.neighbours else np.zeros(8, np.uint8)
-        neighbours_at, table_bytes = int(table.ctypes.data), 4 * job.shape.vocab_size * job.neighbours
-        soft = card(job.alpha, job.neighbours, neighbours_at, neighbours_at + table_bytes)
         constants = np.array([job.clip, job.beta1, job.beta2, job.weight_decay], np.float64)
         base = memory.address
+        table = base + regions.soft_targets
+        soft = card(job.alpha, job.neighbours, table, table + 4 * memory.sizes.soft_targets)
         values_by_name = dict(
             worker=worker, num_workers=job.workers, num_spheres=job.spheres,
             first_block=first_block, last_block=last_block, num_blocks=layout.num_blocks,
@@ -79,8 +78,7 @@ class Worker:
             memory.trace_words(worker)[1] = job.trace_marks
         self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
         self._keep = (
-            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, table, soft,
-            memory,
+            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, soft, memory,
         )  # fmt: skip
 
     def run(self) -> None:

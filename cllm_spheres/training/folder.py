@@ -26,6 +26,7 @@ from cllm_spheres.events import read
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, check_shape, shape_of
+from cllm_spheres.training.soft_targets import check_loss
 from cllm_spheres.training.start import check_start
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
@@ -171,6 +172,8 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     try:
         config = build(values)
         check_shape(config)
+        assert config.vocab_size is not None
+        check_loss(config, config.vocab_size)
         assert config.workers is not None and config.spheres is not None and config.batch_size is not None
         if not config.workers <= config.spheres <= config.batch_size:
             raise InputError(

@@ -154,7 +154,8 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         num_windows=len(starts), optimizer=config.optimizer, beta1=config.beta1, beta2=config.beta2,
         weight_decay=config.weight_decay, clip=config.clip or 0.0, dropout=config.dropout,
         skip_nonfinite=config.on_nonfinite == "skip", dtype=dtypes.usable(config.dtype),
-        alpha=config.alpha or 0.0, neighbours=config.neighbours or 0, cores=place(config.workers, read_cores(cores)),
+        alpha=config.alpha or 0.0, neighbours=(config.neighbours or 0) if config.alpha else 0,
+        cores=place(config.workers, read_cores(cores)),
     )  # fmt: skip
 
 

@@ -4,12 +4,13 @@
     float32 [V, K]    their weights, which sum to 1
     32 bytes          the sha256 of what they were made from and of both
 
-Node Zero computes the table once; workers map the file. It is a pure function of configuration and data, so one that is
-missing or damaged is made again. V vocabulary, K neighbours.
+Node Zero computes the table once, and lays it into the memory that all share whenever the run starts. It is a pure
+function of configuration and data, so a file that is missing or damaged is made again. V vocabulary, K neighbours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,19 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from cllm_spheres.config import Config, flag
+from cllm_spheres.config import LOSSES, Config, flag
 from cllm_spheres.crystal.soft_targets import crystal_rows, random_rows
-from cllm_spheres.errors import InputError, RunFailed
+from cllm_spheres.errors import InputError, RunFailed, shown
+from cllm_spheres.text.folder import read_regular
 from cllm_spheres.text.frequency import frequency_order
 from cllm_spheres.text.prepared import Prepared
 
 NAME = "soft_targets.bin"
 DEFAULTS = {"alpha": 0.1, "neighbours": 16, "neighbour_temperature": 0.1, "gcd_weight": 0.7, "ulam_weight": 0.3}
-# The options that a loss has.
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "cross-entropy": (), "smoothing": ("alpha",), "crystalline": tuple(DEFAULTS), "random": tuple(DEFAULTS),
-}  # fmt: skip
-APART = 0.1  # of the work, between two words on how far it is
+HASH_BYTES = 32
 
 
 def loss_options(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -39,71 +37,78 @@ def loss_options(config: Config, vocab_size: int) -> dict[str, Any]:
 
     InputError where one is given that it does not have, or where the vocabulary is too small.
     """
-    has, options = OPTIONS[config.loss], {}
+    has, options = LOSSES[config.loss], {}
     for name, default in DEFAULTS.items():
         value = getattr(config, name)
         if name not in has and value is not None:
-            others = [loss for loss, names in OPTIONS.items() if name in names]
+            others = [loss for loss, names in LOSSES.items() if name in names]
             raise InputError(
                 f"{flag(name)} {value:g} means nothing to --loss {config.loss}: leave it out, or choose --loss"
                 f" {' or '.join(others)}."
             )
         options[name] = (default if value is None else value) if name in has else None
-    if not has:
-        return options
-    if vocab_size < 2:
+    if "neighbours" in has and config.neighbours is None:
+        options["neighbours"] = max(1, min(int(DEFAULTS["neighbours"]), vocab_size - 1))
+    check_loss(config.model_copy(update=options), vocab_size)
+    return options
+
+
+def check_loss(config: Config, vocab_size: int) -> None:
+    """InputError where a resolved configuration lacks an option of its loss, has one of another, or cannot work."""
+    has = LOSSES[config.loss]
+    for name in DEFAULTS:
+        value = getattr(config, name)
+        if value is None and name in has:
+            raise InputError(f"{name} is missing, which loss {config.loss} has.")
+        if value is not None and name not in has:
+            raise InputError(f"{name} is {shown(value)}, which loss {config.loss} does not have.")
+    if has and vocab_size < 2:
         raise InputError(f"--loss {config.loss} needs two tokens or more, and the vocabulary is {vocab_size}.")
-    if "neighbours" not in has:
-        return options
-    if options["gcd_weight"] == options["ulam_weight"] == 0:
-        raise InputError("--gcd-weight 0 and --ulam-weight 0: no token is more similar than another. Raise one.")
     if config.neighbours is None:
-        options["neighbours"] = min(DEFAULTS["neighbours"], vocab_size - 1)
-    elif config.neighbours >= vocab_size:
+        return
+    if config.gcd_weight == config.ulam_weight == 0:
+        raise InputError("--gcd-weight 0 and --ulam-weight 0: no token is more similar than another. Raise one.")
+    if config.neighbours >= vocab_size:
         raise InputError(
             f"--neighbours {config.neighbours} are more than the others of a vocabulary of {vocab_size:,}. Give"
             f" {vocab_size - 1:,} or fewer."
         )
-    return options
 
 
-def table_file(run: Path, config: Config, prepared: Prepared, status: Callable[[str], None]) -> Path | None:
-    """The file of the table, made where it is missing or not this run's; None for a loss that has none.
+def table_bytes(run: Path, config: Config, prepared: Prepared, progress: Callable[[float, float], None]) -> bytes:
+    """Both arrays of the run's table, whose file is made where it is missing or is not this run's.
 
-    status: told how far it is. RunFailed where it cannot be written.
+    progress: told (done, total) while it is made, and may raise. RunFailed where the file cannot be written.
     """
-    if config.neighbours is None:
-        return None
+    assert config.neighbours
     path, about = run / NAME, _about(config, prepared)
-    if _holds(path, about, prepared.vocab_size, config.neighbours):
-        return path
-    ids_VK, weights_VK = table(config, prepared, status)
+    size = 8 * prepared.vocab_size * config.neighbours
+    with contextlib.suppress(OSError):  # it is missing, or no file
+        data = read_regular(path, size + HASH_BYTES)
+        if len(data) == size + HASH_BYTES and _hash(about, data[:size]) == data[size:]:
+            return data[:size]
+    data = b"".join(array.tobytes() for array in table(config, prepared, progress))
     temporary = path.with_name(f".{NAME}.new")
     try:
         with temporary.open("wb") as file:
-            file.write(ids_VK.tobytes() + weights_VK.tobytes() + _digest(about, ids_VK, weights_VK))
+            file.write(data)
+            file.write(_hash(about, data))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunFailed(f"{path} cannot be written: {error.strerror}.") from None
-    return path
+    return data
 
 
 def table(
-    config: Config, prepared: Prepared, status: Callable[[str], None] = lambda text: None
+    config: Config, prepared: Prepared, progress: Callable[[float, float], None] = lambda done, total: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours int32 [V, K] and weights float32 [V, K] of every token id, for a resolved configuration."""
     assert config.neighbours and config.neighbour_temperature and config.gcd_weight is not None
     assert config.ulam_weight is not None
-    told = 0.0
-
-    def progress(done: float, total: float) -> None:
-        nonlocal told
-        if done / total >= told + APART:
-            told = done / total
-            status(f"Finding the {config.neighbours} nearest of {prepared.vocab_size:,} tokens: {told:.0%}")
-
     ids_VK, weights_VK = crystal_rows(
         frequency_order(prepared)[0], config.neighbours, config.neighbour_temperature, config.gcd_weight,
         config.ulam_weight, progress,
@@ -121,19 +126,5 @@ def _about(config: Config, prepared: Prepared) -> bytes:
     return json.dumps(made_of, sort_keys=True).encode()
 
 
-def _digest(about: bytes, *arrays: np.ndarray) -> bytes:
-    digest = hashlib.sha256(about)
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.digest()
-
-
-def _holds(path: Path, about: bytes, vocab_size: int, neighbours: int) -> bool:
-    """Whether a file is whole, and of this configuration and these data."""
-    half = 4 * vocab_size * neighbours
-    try:
-        with path.open("rb") as file:
-            data = file.read(2 * half + 33)
-    except OSError:
-        return False
-    return len(data) == 2 * half + 32 and hashlib.sha256(about + data[: 2 * half]).digest() == data[2 * half :]
+def _hash(about: bytes, data: bytes) -> bytes:
+    return hashlib.sha256(about + data).digest()

@@ -36,12 +36,13 @@ from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
-from cllm_spheres.training.soft_targets import table_file
+from cllm_spheres.training.soft_targets import table_bytes
 from cllm_spheres.training.start import check_workers
 from cllm_spheres.units import duration, plural
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
 UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
+TELLS_EVERY_S = 1.0  # how far the work before the first step is
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
 
 
@@ -55,12 +56,12 @@ class Trainer:
     ) -> None:  # fmt: skip
         """source: the model to begin from. notes: sentences on what will make the run slow here, to be told."""
         self.run, self.config, self.prepared, self.source, self.notes = run, config, prepared, source, notes
+        self._status = status
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
-        table = table_file(run, config, prepared, status)
-        job = replace(make_job(config, prepared), soft_targets=str(table or ""))
+        job = make_job(config, prepared)
         self.layout = Layout(job.shape)
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
@@ -135,7 +136,9 @@ class Trainer:
         )  # fmt: skip
         for note in self.notes:
             self.metrics.event("note", note, self.step)
+        table = self._soft_targets()
         self.node_zero.start()
+        self.node_zero.memory.lay_soft_targets(table)
         self.sampler = SphereSampler(self.node_zero)
         self.metrics.event(
             "ready", f"{plural(job.workers, 'worker')} ready after {time.monotonic() - self._began:.1f} s.", self.step,
@@ -163,6 +166,23 @@ class Trainer:
             self.profiled = min(self.step + WARM_UP_STEPS, self.last)
             memory.words(memory.regions.control + M.TRACED_STEP * M.LINE, 1)[0] = self.profiled
         self.metrics.start_clock()
+
+    def _soft_targets(self) -> bytes:
+        """The table of neighbours that the loss asks for, empty where it has none; says how far it is."""
+        if not self.node_zero.job.neighbours:
+            return b""
+        told = time.monotonic()
+
+        def progress(done: float, total: float) -> None:
+            nonlocal told
+            self._leave_early()
+            if time.monotonic() - told > TELLS_EVERY_S:
+                told = time.monotonic()
+                self._status(f"Finding the nearest of {self.prepared.vocab_size:,} tokens: {done / total:.0%}")
+
+        table = table_bytes(self.run, self.config, self.prepared, progress)
+        self._status("")
+        return table
 
     def _headline(self, checkpoint: Checkpoint | None) -> str:
         job = self.node_zero.job

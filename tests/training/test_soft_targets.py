@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cllm_spheres.config import merge
 from cllm_spheres.crystal.lattice import features
-from cllm_spheres.errors import InputError
+from cllm_spheres.errors import InputError, Interrupted, RunFailed
 from cllm_spheres.text.frequency import frequency_order
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.soft_targets import NAME, loss_options, table
-from tests.runs import resume, train_whole
+from cllm_spheres.training import session
+from cllm_spheres.training.launch import Launch
+from cllm_spheres.training.soft_targets import NAME, loss_options, table, table_bytes
+from tests.runs import TINY, finished, resume, train_whole, wait_until
 
 SHORT = dict(steps=12, eval_every=6, save_every=6, seed=3)
 
@@ -45,6 +52,7 @@ def test_what_is_left_open_is_filled_in_and_what_a_loss_does_not_have_is_off():
             dict(loss="crystalline", neighbour_temperature=0),
             "--neighbour-temperature 0: input should be greater than 0",
         ),
+        (dict(loss="crystalline", gcd_weight=1e308), "--gcd-weight 1e+308: input should be less than or equal to"),
         (dict(loss="cristalline"), "--loss cannot be 'cristalline': did you mean 'crystalline'?"),
         (dict(init="latice"), "--init cannot be 'latice': did you mean 'lattice'?"),
     ],
@@ -97,6 +105,68 @@ def test_a_run_without_its_file_makes_it_again_and_keeps_its_bits(crystalline, c
         assert (resumed.curve, resumed.files) == (crystalline.curve, crystalline.files)
 
 
+def test_a_table_that_vanishes_meanwhile_is_not_missed_by_a_new_worker(crystalline, corpus, tmp_path):
+    plan = session.new_run(corpus, TINY | dict(loss="crystalline", **SHORT), run=tmp_path / "run", file=None)
+    launch = Launch().obey(replace(plan, faults=("forward:9:1:kill",)))
+    wait_until((plan.run / NAME).exists, "the table")
+    (plan.run / NAME).unlink()
+    disturbed = finished(launch)
+    assert disturbed.code == 0 and disturbed.event("recovered"), disturbed.message
+    assert disturbed.bits == crystalline.bits
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"neighbours": None}, "neighbours is missing, which loss crystalline has"),
+        ({"gcd_weight": None}, "gcd_weight is missing"),
+        ({"loss": "smoothing"}, "neighbours is 16, which loss smoothing does not have"),
+        ({"loss": None}, "alpha is 0.1, which loss cross-entropy does not have"),
+        ({"gcd_weight": 0.0, "ulam_weight": 0.0}, "no token is more similar than another"),
+        ({"neighbours": 300}, "--neighbours 300 are more than the others"),
+    ],
+)
+def test_a_configuration_that_was_changed_is_not_resumed_as_another_loss(changes, said, crystalline, tmp_path):
+    run = shutil.copytree(crystalline.run, tmp_path / "run", symlinks=True)
+    lines = (run / "config.toml").read_text().splitlines()
+    for name, value in changes.items():
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{name} = ")]
+        lines[at] = "" if value is None else f"{name} = {json.dumps(value)}"
+    (run / "config.toml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"config\.toml is damaged") as refused:
+        session.resumed_run(run, dict(steps=20), data=None)
+    assert said in str(refused.value)
+
+
+def test_a_runs_configuration_serves_for_its_control_too(crystalline):
+    file = crystalline.run / "config.toml"
+    assert merge({"loss": "random"}, file)[0].neighbours == 16
+    smoothing, _ = merge({"loss": "smoothing"}, file)
+    assert (smoothing.alpha, smoothing.neighbours) == (0.1, None)
+    assert merge({"loss": "cross-entropy"}, file)[0].alpha is None
+
+
+def test_a_table_that_is_interrupted_leaves_no_file(crystalline, corpus, tmp_path):
+    def progress(done, total):
+        raise Interrupted("enough", 2)
+
+    with pytest.raises(Interrupted):
+        table_bytes(tmp_path, crystalline.config, Prepared.open(corpus), progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_in_the_tables_place_is_replaced_or_named(crystalline, corpus, tmp_path):
+    prepared = Prepared.open(corpus)
+    os.mkfifo(tmp_path / NAME)
+    made = table_bytes(tmp_path, crystalline.config, prepared, lambda done, total: None)
+    assert (tmp_path / NAME).read_bytes()[: len(made)] == made
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(RunFailed, match="cannot be written"):
+        table_bytes(tmp_path, crystalline.config, prepared, lambda done, total: None)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
 def test_a_share_of_nothing_is_the_plain_loss_to_the_bit(corpus, tmp_path):
     plain = train_whole(corpus, tmp_path / "plain", **SHORT)
     assert train_whole(corpus, tmp_path / "run", loss="crystalline", alpha=0.0, **SHORT).bits == plain.bits
@@ -104,12 +174,6 @@ def test_a_share_of_nothing_is_the_plain_loss_to_the_bit(corpus, tmp_path):
 
 @pytest.mark.parametrize("fault", ["forward:5:1:kill", "backward:5:2:kill", "update:7:0:kill"])
 def test_a_death_changes_no_bit(fault, crystalline, corpus, tmp_path):
-    from dataclasses import replace
-
-    from cllm_spheres.training import session
-    from cllm_spheres.training.launch import Launch
-    from tests.runs import TINY, finished
-
     plan = session.new_run(corpus, TINY | dict(loss="crystalline", **SHORT), run=tmp_path / "run", file=None)
     disturbed = finished(Launch().obey(replace(plan, faults=(fault,))))
     assert disturbed.code == 0 and disturbed.event("recovered")
@@ -141,8 +205,6 @@ def test_embeddings_begin_on_the_lattice(corpus, tmp_path):
 
 
 def test_a_model_that_is_begun_from_has_its_own_embeddings(crystalline, corpus, tmp_path):
-    from cllm_spheres.training import session
-
     with pytest.raises(InputError, match="--init lattice contradicts --from"):
         session.new_run(
             corpus, dict(init="lattice"), run=tmp_path / "run", file=None, start_from=crystalline.run
