@@ -46,6 +46,14 @@ def near(x):
 
 
 @element
+def near_short(x):
+    """(n, left): as `near`, with what is left in one float64: enough where a float32 is wanted."""
+    rounded = fma(magnitude(x), _TWO_OVER_PI, ROUND)
+    n = rounded - ROUND
+    return low_bits(rounded), fma(n, -_P2, fma(n, -_P1, magnitude(x)))
+
+
+@element
 def sine(high, low):
     """sin(high + low) on [-pi/4, pi/4]."""
     z = high * high

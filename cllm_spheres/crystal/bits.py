@@ -88,23 +88,23 @@ def turned(typing_context, x, n):
 
 
 @intrinsic
-def two_to(typing_context, rounded):
-    """2.0**n for `rounded` = n + 1.5 * 2**23 (float32; 2**52 in float64); the power has to be a normal number.
+def scaled(typing_context, x, rounded):
+    """x * 2.0**n for `rounded` = n + 1.5 * 2**23 (float32; 2**52 in float64); x and the result have to be normal.
 
     Adding that constant rounds to a whole number n, which then stands in the lowest bits.
     """
 
     def generate(context, b, signature, arguments):
-        word, _, mantissa, bias, value = _format(b, signature.return_type, arguments[0])
-        biased = b.add(value, ir.Constant(word, bias))  # the bits above n's leave at the top
-        return b.bitcast(b.shl(biased, ir.Constant(word, mantissa)), arguments[0].type)
+        word, _, mantissa, _, value = _format(b, x, arguments[0])
+        n = b.shl(b.bitcast(arguments[1], word), ir.Constant(word, mantissa))
+        return b.bitcast(b.add(value, n), arguments[0].type)
 
-    return rounded(rounded), generate
+    return x(x, x), generate
 
 
 @intrinsic
 def low_bits(typing_context, rounded):
-    """n modulo 2**22 or 2**51, int64, for `rounded` as in `two_to`."""
+    """n modulo 2**22 or 2**51, int64, for `rounded` as in `scaled`."""
 
     def generate(context, b, signature, arguments):
         *_, value = _format(b, signature.args[0], arguments[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 
@@ -34,3 +35,8 @@ def ln2(bits: int = 300) -> Fraction:
     """ln 2 to `bits` bits: the sum of 1 / (k 2**k)."""
     one = 1 << (bits + 32)
     return Fraction(sum((one >> k) // k for k in range(1, bits + 32)), one)
+
+
+def root(value: Fraction, bits: int = 300) -> Fraction:
+    """The square root to `bits` bits after the point."""
+    return Fraction(math.isqrt((value.numerator << (2 * bits)) // value.denominator), 1 << bits)
