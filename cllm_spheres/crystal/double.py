@@ -34,8 +34,8 @@ E8, E9 = 2.7630450397977983e-7, 2.4991450827062375e-8
 
 
 @element
-def exp_of(high, low):
-    """e**(high + low) where it is a normal number: elsewhere nonsense. |low| below an ulp of high.
+def exp_parts(high, low):
+    """(m, rounded) with e**(high + low) = scaled(m, rounded), m about 0.7 to 1.42; |low| below an ulp of high.
 
     Range reduction to |r| <= ln2/2 with ln2 in two parts, then 1 + r + r**2 * (a polynomial), 1 + r in two parts.
     Source: Cody and Waite; Tang, Table-driven implementation of the exponential function (1989), for the low part.
@@ -50,7 +50,14 @@ def exp_of(high, low):
     p = fma(fma(E9, r, E8), (z * z) * (z * z), seventh(r, z, E0, E1, E2, E3, E4, E5, E6, E7))
     one = 1.0 + r
     tail = (r - (one - 1.0)) + fma(rest, r, rest)
-    return scaled(one + fma(z, p, tail), rounded)
+    return one + fma(z, p, tail), rounded
+
+
+@element
+def exp_of(high, low):
+    """e**(high + low) where it is a normal number: elsewhere nonsense."""
+    m, rounded = exp_parts(high, low)
+    return scaled(m, rounded)
 
 
 @element
@@ -104,28 +111,30 @@ def tanh(x):
     return signed_as(y, x) if x == x else x
 
 
+UP, DOWN = 64.0, 2.0**-64  # what may be below the normal range until it meets its factor is held 2**64 times as large
+
+
 @element
 def logistic(high, low):
-    """(1 / (1 + e), e / (1 + e)) with e = exp(-(high + low)), high >= 0; 0 where it is below the normal range.
+    """1 / (1 + e) and 2**64 e / (1 + e), each in two parts, with e = exp(-(high + low)), high >= 0.
 
-    The sum 1 + e in two parts, and a step of Newton's with the residual after the division.
+    The sum 1 + e in two parts, and the residuals of the quotients.
     """
-    e = exp_of(-high, -low)
-    e = e if high <= -EXP_LOW else 0.0
-    d = 1.0 + e
-    rest = e - (d - 1.0)
+    m, rounded = exp_parts(-high, -low)
+    e = scaled(m, rounded + UP) if high < 750.0 else 0.0
+    small = e * DOWN
+    d = 1.0 + small
+    rest = small - (d - 1.0)
     u = 1.0 / d
-    one = fma(fma(-u, d, 1.0) - u * rest, u, u)
     q = e * u
-    other = fma(fma(-q, d, e) - q * rest, u, q)
-    return one, other
+    return u, (fma(-u, d, 1.0) - u * rest) * u, q, (fma(-q, d, e) - q * rest) * u
 
 
 @element
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
-    one, other = logistic(magnitude(x), 0.0)
-    y = other if x < 0.0 else one
+    one, one_rest, other, other_rest = logistic(magnitude(x), 0.0)
+    y = (other + other_rest) * DOWN if x < 0.0 else one + one_rest
     y = 0.0 if y < TINY else y
     return y if x == x else x
 
@@ -133,6 +142,7 @@ def sigmoid(x):
 # 2u = x (A + B x**2) with u as in `gelu`: A = 2 sqrt(2/pi), B = 0.044715 A
 A1, A2 = parts(2 * root(2 / pi()), 2)
 B1, B2 = parts(2 * root(2 / pi()) * 44715 / 10**6, 2)
+C1, C2 = parts(6 * root(2 / pi()) * 44715 / 10**6, 2)  # 3 B
 GELU_END = 64.0  # beyond, the sigmoid is 0 or 1
 
 
@@ -156,20 +166,31 @@ def gelu_parts(x):
 def gelu(x):
     """x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x**3), the model's GELU: x * sigmoid(2u)."""
     t, high, low = gelu_parts(x)
-    one, other = logistic(high, low)
-    y = -t * other if x < 0.0 else x * one
-    y = y * 0.0 if magnitude(y) < TINY else y
-    return y if x == x else x
+    one, one_rest, other, other_rest = logistic(high, low)
+    y = fma(t, other, t * other_rest) * DOWN if x < 0.0 else fma(magnitude(x), one, t * one_rest)
+    y = 0.0 if y < TINY else y
+    return signed_as(y, x) if x == x else x
 
 
 @element
 def gelu_slope(x):
-    """gelu'(x): s (1 + x (1 - s) d(2u)/dx) with s = sigmoid(2u)."""
+    """gelu'(x): s (1 + x (1 - s) d(2u)/dx) with s = sigmoid(2u); the second sum, which may cancel, in two parts."""
     t, high, low = gelu_parts(x)
-    one, other = logistic(high, low)
-    slope = fma(3.0 * B1, t * t, A1)
-    y = other * fma(-t * one, slope, 1.0) if x < 0.0 else one * fma(t * other, slope, 1.0)
-    y = 0.0 if magnitude(y) < TINY else y
+    one, one_rest, other, other_rest = logistic(high, low)
+    w = t * t
+    slope = fma(C1, w, A1)
+    slope_rest = fma(C1, w, A1 - slope) + (fma(C1, fma(t, t, -w), C2 * w) + A2)
+    s, s_rest = (other, other_rest) if x < 0.0 else (one, one_rest)
+    # 1 - p with p = |x| (1 - s) d(2u)/dx where x < 0: they cancel; elsewhere 1 + p
+    q = one * t if x < 0.0 else -other * DOWN * t
+    q_rest = fma(one, t, -q) + one_rest * t if x < 0.0 else -other_rest * DOWN * t
+    p = q * slope
+    p_rest = fma(q, slope, -p) + fma(q_rest, slope, q * slope_rest)
+    f = 1.0 - p
+    f_rest = ((1.0 - f) - p) - p_rest
+    y = fma(s, f, fma(s_rest, f, s * f_rest))
+    y = y * DOWN if x < 0.0 else y
+    y = -0.0 if magnitude(y) < TINY else y
     return y if x == x else x
 
 
@@ -196,7 +217,6 @@ Q10, Q11, Q12 = 2.054597241585598e-6, -1.3943818193899886e-7, -9.906149150728839
 Q13, Q14, Q15 = 5.242115844400245e-8, -1.4928782311635797e-8, 2.8411303710502264e-9
 Q16, Q17, Q18 = -3.603522178975456e-10, 2.767339616910537e-11, -9.741215833321148e-13
 ERF_END = 5.95  # beyond it erf is 1 to half an ulp
-ERF_SLOPE = parts(2 / root(pi()), 1)[0]
 
 
 @element
@@ -208,7 +228,6 @@ def erf(x):
     p = fma(S12, zz * zz, cubic(z, zz, S8, S9, S10, S11))
     p = fma(p, (zz * zz) * (zz * zz), seventh(z, zz, S0, S1, S2, S3, S4, S5, S6, S7))
     small = fma(t, p, t)
-    small = t * ERF_SLOPE if t < 2.0**-28 else small  # t * p could be subnormal
     v = (t if t < ERF_END else ERF_END) - 1.0
     vv = v * v
     eighth = (vv * vv) * (vv * vv)

@@ -5,7 +5,7 @@
 
 From Python they are for single numbers: Python's floats and numpy's float64, or numpy's float32. Arrays:
 crystal/elementwise.py. In loops that have to vectorise, sin and cos are `sin_near` and `cos_near`, right for
-|x| <= angles.FAR and NaN beyond.
+|x| <= angles.FAR and NaN beyond; `pow_plain` is pow where x is positive and normal and y finite.
 """
 
 from __future__ import annotations
@@ -114,3 +114,8 @@ def erf(x):
 @_by_type(power.single_pow, power.double_pow)
 def pow(x, y):
     """x**y, with C's special values."""
+
+
+@_by_type(power.single_pow_plain, power.double_pow_plain)
+def pow_plain(x, y):
+    """`pow` for normal x > 0 and finite y."""

@@ -151,15 +151,24 @@ def _cos(x_N, out_N):
 
 
 @kernel
-def _pow(x_N, y_N, out_N):
+def _is_plain(x_N, y_N, tiny):
+    """Whether every x is positive and normal, and every y finite."""
+    other = 0
     for i in range(x_N.size):
-        out_N[i] = E.pow(x_N[i], y_N[i])
+        other += 0 if (x_N[i] >= tiny) & (x_N[i] < np.inf) & (magnitude(y_N[i]) < np.inf) else 1
+    return other == 0
 
 
 @kernel
-def _pow_of_one_exponent(x_N, y, out_N):
-    for i in range(x_N.size):
-        out_N[i] = E.pow(x_N[i], y)
+def _pow(x_N, y_N, tiny, out_N):
+    for start in range(0, x_N.size, BLOCK):
+        x, y, out = x_N[start : start + BLOCK], y_N[start : start + BLOCK], out_N[start : start + BLOCK]
+        if _is_plain(x, y, tiny):
+            for i in range(x.size):
+                out[i] = E.pow_plain(x[i], y[i])
+        else:
+            for i in range(x.size):
+                out[i] = E.pow(x[i], y[i])
 
 
 exp, log, tanh, sigmoid = _of_arrays(_exp), _of_arrays(_log), _of_arrays(_tanh), _of_arrays(_sigmoid)
@@ -171,11 +180,8 @@ def pow(x: Any, y: Any, out: np.ndarray | None = None) -> np.ndarray:
     """x**y, element by element, with C's special values. y: an array like x, or one number."""
     x = _checked("pow", x)
     out = _target("pow", x, out)
-    if np.ndim(y) == 0:
-        _pow_of_one_exponent(_flat(x, out), x.dtype.type(y), out.reshape(-1))
-        return out
-    y = _checked("pow", y)
+    y = np.full(x.shape, y, x.dtype) if np.ndim(y) == 0 else _checked("pow", y)
     if y.dtype != x.dtype or y.shape != x.shape:
         raise InputError(f"elementwise.pow: y is {y.dtype} {y.shape}, but x is {x.dtype} {x.shape}.")
-    _pow(_flat(x, out), _flat(y, out), out.reshape(-1))
+    _pow(_flat(x, out), _flat(y, out), np.finfo(x.dtype).tiny, out.reshape(-1))
     return out

@@ -134,7 +134,7 @@ def gelu_slope(x):
     """gelu'(x): s (1 + x (1 - s) d(2u)/dx) with s = sigmoid(2u), in float64 inside."""
     s, other, t = sigmoid_parts(x)
     y = s * fma(t * other, fma(3.0 * double.B1, t * t, double.A1), 1.0)
-    y = y if magnitude(y) >= TINY_8 else 0.0
+    y = y if magnitude(y) >= TINY_8 else -0.0
     return f4(y) if x == x else x
 
 
@@ -155,7 +155,6 @@ S4, S5, S6 = f4(0.0051883273), f4(-8.010188e-4), f4(7.853845e-5)
 Q0, Q1, Q2, Q3 = f4(0.00035375932), f4(1.1270399), f4(0.638226), f4(0.10303713)
 Q4, Q5, Q6 = f4(-0.021805208), f4(0.0029395802), f4(-0.0001855713)
 ERF_END = f4(4)  # beyond it erf is 1 to half an ulp
-ERF_SLOPE = f4(1.1283791670955126)
 
 
 @element
@@ -166,7 +165,6 @@ def erf(x):
     zz = z * z
     p = fma(fma(fma(S6, z, S5), z, S4), zz * zz, cubic(z, zz, S0, S1, S2, S3))
     small = fma(t, p, t)
-    small = t * ERF_SLOPE if t < f4(2.0**-14) else small  # t * p could be subnormal
     v = t if t < ERF_END else ERF_END
     vv = v * v
     q = fma(fma(fma(Q6, v, Q5), v, Q4), vv * vv, cubic(v, vv, Q0, Q1, Q2, Q3))
