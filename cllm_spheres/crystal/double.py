@@ -132,9 +132,15 @@ def logistic(high, low):
 
 @element
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    one, one_rest, other, other_rest = logistic(magnitude(x), 0.0)
-    y = (other + other_rest) * DOWN if x < 0.0 else one + one_rest
+    """1 / (1 + exp(-x)): of exp(-|x|), so that nothing overflows."""
+    t = magnitude(x)
+    e = exp_of(-t, 0.0)
+    e = 0.0 if t > -EXP_LOW else e
+    d = 1.0 + e
+    rest = e - (d - 1.0)
+    top = e if x < 0.0 else 1.0
+    q = top / d
+    y = fma(fma(-q, d, top) - q * rest, fma(-0.5, e, 1.0), q)  # towards top / (1 + e); the factor is nearly 1 / d
     y = 0.0 if y < TINY else y
     return y if x == x else x
 

@@ -102,7 +102,7 @@ def sigmoid(x):
     rest = e - (d - ONE)
     top = e if x < ZERO else ONE
     q = top / d
-    y = fma(fma(-q, d, top) - q * rest, ONE - HALF * e, q)  # a step towards top / (1 + e); the factor is nearly 1 / d
+    y = fma(fma(-q, d, top) - q * rest, fma(-HALF, e, ONE), q)  # towards top / (1 + e); the factor is nearly 1 / d
     y = ZERO if y < TINY else y
     return y if x == x else x
 
