@@ -2,8 +2,9 @@
 
 exp is a Taylor series of 24 terms in pairs of float64 (Dekker, 1971), after a reduction with ln 2 in three parts; log
 is a step of Newton's on it; GELU, tanh, sigmoid and pow follow from the two; erf is a Taylor series around the nearest
-of a row of centres. sin, cos and roots are the C library's of numpy's long double, 64 bits on x86, right to about
-2**-11 ulp of a float64. None of it is code of crystal/ but fma and the constants; `check` compares with mpmath.
+of a row of centres; sin and cos are Taylor series after a reduction with pi/2 in three parts. Angles beyond 2**29 and
+roots are the C library's of numpy's long double, 64 bits on x86, right to about 2**-11 ulp of a float64. None of it is
+code of crystal/ but fma and the constants; `check` compares with mpmath.
 """
 
 from __future__ import annotations
@@ -245,12 +246,48 @@ def _pow(x: np.ndarray, y: np.ndarray) -> Scaled:
     bounded = np.clip(np.where(ordinary, y, 1.0), -1e200, 1e200)
     exponent = _call(multiply, *log, bounded, 0 * bounded)
     high, low, n = _exp(exponent[0], np.where(np.abs(exponent[0]) < 1400, exponent[1], 0.0))
-    numpys = np.power(x, y)
-    # |x|**y may be too large or too small for its sign to be seen: that of x to 1 or 2, as y is odd or even
-    odd = np.where(np.abs(y) < 2.0**53, np.fmod(y, 2.0), 2.0)
-    sign = np.where(np.signbit(x) & (np.abs(odd) == 1), -1.0, 1.0)
-    usual = ordinary & ~np.isnan(numpys)
-    return np.where(usual, sign * high, numpys), np.where(usual, sign * low, 0.0), np.where(usual, n, 0.0)
+    whole = np.rint(y) == y
+    odd = whole & (np.rint(y / 2) != y / 2)
+    sign = np.where(np.signbit(x) & odd, -1.0, 1.0)
+    usual = ordinary & (whole | (x > 0))
+    high, low, n = (np.where(usual, a, 0.0) for a in (sign * high, sign * low, n))
+    high[~usual] = np.power(x[~usual], y[~usual])
+    return high, low, n
+
+
+@element
+def quarters(x_N, two_over_pi, a, b, c, n_N, out_N, rest_N):
+    """x = n pi/2 + out, for |x| up to NEAR, with pi/2 = a + b + c."""
+    for i in range(x_N.size):
+        n = np.rint(x_N[i] * two_over_pi)
+        p = n * b
+        high, low = _plus(fma(n, -a, x_N[i]), 0.0, -p, -fma(n, b, -p))
+        n_N[i] = n
+        out_N[i], rest_N[i] = _plus(high, low, -n * c, 0.0)
+
+
+SINE = tuple(Fraction((-1) ** k, math.factorial(2 * k + 1)) for k in range(14))
+COSINE = tuple(Fraction((-1) ** k, math.factorial(2 * k)) for k in range(14))
+HALF_PI = parts(pi() / 2, 3)
+NEAR = 2.0**29
+
+
+def _angle(x: np.ndarray, quarter: int) -> Pair:
+    """sin(x + quarter pi/2): Taylor series of what is left to the nearest quarter; far away the C library's."""
+    near = np.abs(x) <= NEAR
+    n, r, r_rest = np.empty(x.size), np.empty(x.size), np.empty(x.size)
+    quarters(np.where(near, x, 0.0), 2 / math.pi, *HALF_PI, n, r, r_rest)
+    square = _call(multiply, r, r_rest, r, r_rest)
+    sine = _call(multiply, *_call(polynomial, *_coefficients(SINE), *square), r, r_rest)
+    cosine = _call(polynomial, *_coefficients(COSINE), *square)
+    turn = (n.astype(np.int64) + quarter) & 3
+    sign = np.where(turn >= 2, -1.0, 1.0)
+    high, rest = (sign * np.where(turn & 1, b, a) for a, b in zip(sine, cosine, strict=True))
+    if not quarter:
+        high = np.where(x == 0, x, high)
+    far = _wide(np.cos if quarter else np.sin)(x[~near])
+    high[~near], rest[~near] = far
+    return high, rest
 
 
 @cache
@@ -308,7 +345,8 @@ def _wide(function: Callable[..., Any]) -> Callable[[np.ndarray], Pair]:
 
 OF: dict[str, Callable[..., Pair | Scaled]] = {
     "exp": _exp, "log": _log, "tanh": _tanh, "sigmoid": _sigmoid, "gelu": _gelu, "gelu_slope": _gelu_slope,
-    "sqrt": _wide(np.sqrt), "rsqrt": _wide(lambda x: 1 / np.sqrt(x)), "sin": _wide(np.sin), "cos": _wide(np.cos),
+    "sqrt": _wide(np.sqrt), "rsqrt": _wide(lambda x: 1 / np.sqrt(x)),
+    "sin": lambda x: _angle(x, 0), "cos": lambda x: _angle(x, 1),
     "erf": _erf, "pow": _pow,
 }  # fmt: skip
 
