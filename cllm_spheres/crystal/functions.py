@@ -1,6 +1,7 @@
-"""Elementary functions of one number, vectorised by the compiler where they are called in a loop.
+"""The elementary functions whose bits trained models have: the kernels' exp and log, the schedule's power and cosine.
 
-No libm is called: results do not depend on the C library, and `exp` fills the vector lanes.
+No libm is called: results do not depend on the C library, and `exp` fills the vector lanes. All functions, over their
+whole ranges and in both kinds of numbers, stand in elementary.py; a change here changes what is trained.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import decimal
 import json
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +136,22 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, capsys):
     (tmp_path / "functions.json").write_text("[]")
     assert functions.main(["exp", "--out", str(tmp_path)]) == 2
     assert "is not a result of this benchmark" in capsys.readouterr().err
+
+
+def test_the_table_of_the_document_is_that_of_the_results():
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "bench/results/functions.json").read_text())
+    text = (root / "docs/crystal.md").read_text().split("## Functions\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    found = {cells[0]: cells[1:] for cells in rows if len(cells) == 9}
+    assert set(found) == set(functions.ALL)
+    for name, cells in found.items():
+        errors = [result["accuracy"][f"{kind} {name}"] for kind in ("float32", "float64")]
+        assert all(error["wrong"] == 0 for error in errors)
+        assert cells[:2] == [f"{math.ceil(error['ulp'] * 100 - 1e-9) / 100:.2f}" for error in errors]
+        for kind, rates in (("float32", cells[2:5]), ("float64", cells[5:8])):
+            speed = result["speed"][f"{kind} {name}"]
+            expected = [f"{speed[side]['median']:.2f}" if side in speed else "–" for side in ("ours", "numpy", "torch")]
+            assert rates == expected, name

@@ -12,7 +12,7 @@ import pytest
 from numba.core import caching
 
 import cllm_spheres
-from cllm_spheres.crystal import elementwise
+from cllm_spheres.crystal import elementwise, lattice, primes, soft_targets, ulam
 from cllm_spheres.crystal.jit import CACHE_FOLDER, PACKAGE, Entry, kernel
 from tests.crystal.symbols import undefined
 
@@ -99,6 +99,9 @@ def test_no_compiled_code_of_the_package_calls_the_librarys_mathematics():
         for name in ("exp", "log", "tanh", "sigmoid", "gelu", "gelu_slope", "sqrt", "rsqrt", "sin", "cos", "erf"):
             getattr(elementwise, name)(np.ones(3, kind))
         elementwise.pow(np.ones(3, kind), 0.5)
+    soft_targets.crystal_rows(np.arange(64), 4, 0.1, 0.7, 0.3)
+    soft_targets.random_rows(64, 4, 1)
+    lattice.features(20, 8), primes.sieve(100), primes.gcd_matrix([4, 6], [8, 9]), ulam.numbers(ulam.places([1, 9]))
     folders = {folder_of(path) for path in PACKAGE.rglob("*.py")}
     found = {name: names for folder in folders for name, names in taken(folder).items()}
     compiled = {name.split(".", 1)[1].rsplit("-", 1)[0] for name in found}
