@@ -17,13 +17,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from cllm_spheres_bench import functions_pairs as P
+from cllm_spheres_bench.functions_pairs import Pair, Scaled
 
-from cllm_spheres.crystal.bits import double_of_bits, fma
-from cllm_spheres.crystal.jit import element
 from cllm_spheres.crystal.reals import ln2, parts, pi, root
 
-Pair = tuple[np.ndarray, np.ndarray]
-Scaled = tuple[np.ndarray, np.ndarray, np.ndarray]  # a pair, and the power of two that it is to be multiplied with
 LD = np.longdouble
 LN2 = parts(ln2(), 3)
 EXP_TERMS = 24
@@ -35,114 +33,14 @@ def is_wide() -> bool:
     return bool(np.finfo(LD).nmant == 63)
 
 
-@element
-def _times(a, a_rest, b, b_rest):
-    high = a * b
-    low = fma(a, b, -high) + fma(a, b_rest, a_rest * b)
-    top = high + low
-    return top, low - (top - high)
-
-
-@element
-def _plus(a, a_rest, b, b_rest):
-    high = a + b
-    other = high - a
-    low = (a - (high - other)) + (b - other) + (a_rest + b_rest)
-    top = high + low
-    return top, low - (top - high)
-
-
-@element
-def multiply(a_N, a_rest_N, b_N, b_rest_N, out_N, rest_N):
-    """out = a * b."""
-    for i in range(a_N.size):
-        out_N[i], rest_N[i] = _times(a_N[i], a_rest_N[i], b_N[i], b_rest_N[i])
-
-
-@element
-def add(a_N, a_rest_N, b_N, b_rest_N, out_N, rest_N):
-    """out = a + b."""
-    for i in range(a_N.size):
-        out_N[i], rest_N[i] = _plus(a_N[i], a_rest_N[i], b_N[i], b_rest_N[i])
-
-
-@element
-def divide(a_N, a_rest_N, b_N, b_rest_N, out_N, rest_N):
-    """out = a / b."""
-    for i in range(a_N.size):
-        q = a_N[i] / b_N[i]
-        p, p_rest = _times(q, 0.0, b_N[i], b_rest_N[i])
-        left = ((a_N[i] - p) - p_rest) + a_rest_N[i]
-        second = left / b_N[i]
-        out_N[i] = q + second
-        rest_N[i] = second - (out_N[i] - q)
-
-
-@element
-def polynomial(c_K, c_rest_K, x_N, x_rest_N, out_N, rest_N):
-    """out = the polynomial of x with coefficients c, the lowest first."""
-    last = c_K.size - 1
-    for i in range(x_N.size):
-        out_N[i], rest_N[i] = c_K[last], c_rest_K[last]
-    for k in range(last - 1, -1, -1):
-        c, c_rest = c_K[k], c_rest_K[k]
-        for i in range(x_N.size):
-            p, p_rest = _times(out_N[i], rest_N[i], x_N[i], x_rest_N[i])
-            out_N[i], rest_N[i] = _plus(c, c_rest, p, p_rest)
-
-
-@element
-def reduce(x_N, x_rest_N, log2_e, a, b, c, n_N, out_N, rest_N):
-    """out = x - n (a + b + c) with the whole n nearest to x / ln 2."""
-    for i in range(x_N.size):
-        n = np.rint(x_N[i] * log2_e)
-        p, q = n * b, n * c
-        first = fma(n, -a, x_N[i])
-        high, low = _plus(first, 0.0, -p, -fma(n, b, -p))
-        n_N[i] = n
-        out_N[i], rest_N[i] = _plus(high, low, x_rest_N[i], -q)
-
-
-def _call(kernel: Any, *arguments: Any) -> Pair:
-    """A kernel of rows with two rows to write."""
-    out, rest = np.empty(arguments[-1].size), np.empty(arguments[-1].size)
-    kernel(*arguments, out, rest)
-    return out, rest
-
-
-@cache
-def _coefficients(values: tuple[Fraction, ...]) -> Pair:
-    high, low = zip(*(parts(value, 2) for value in values), strict=True)
-    return np.array(high), np.array(low)
-
-
-def _of_number(value: Fraction, like: np.ndarray) -> Pair:
-    high, low = parts(value, 2)
-    return np.full(like.size, high), np.full(like.size, low)
-
-
 TAYLOR = tuple(Fraction(1, math.factorial(k)) for k in range(EXP_TERMS))
 
 
 def _exp_parts(x: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, Pair]:
     """(n, m) with exp(x + rest) = m 2**n, for |x| < 1e5."""
     n, r, r_rest = np.empty(x.size), np.empty(x.size), np.empty(x.size)
-    reduce(x, rest, 1 / math.log(2), *LN2, n, r, r_rest)
-    return n, _call(polynomial, *_coefficients(TAYLOR), r, r_rest)
-
-
-@element
-def scale(m_N, m_rest_N, n_N, out_N, rest_N):
-    """out = m * 2**n, n within 2,140 of zero."""
-    for i in range(n_N.size):
-        n = np.int64(n_N[i])
-        half = n >> 1
-        first, second = double_of_bits((half + 1023) << 52), double_of_bits((n - half + 1023) << 52)
-        out_N[i], rest_N[i] = m_N[i] * first * second, m_rest_N[i] * first * second
-
-
-def _scaled(n: np.ndarray, m: Pair) -> Pair:
-    return _call(scale, *m, np.clip(n, -2040, 2040))
+    P.reduce(x, rest, 1 / math.log(2), *LN2, n, r, r_rest)
+    return n, P.call(P.polynomial, *P.coefficients(TAYLOR), r, r_rest)
 
 
 def _exp(x: np.ndarray, rest: np.ndarray | None = None) -> Scaled:
@@ -158,18 +56,18 @@ def _log(x: np.ndarray) -> Pair:
     low = mantissa < math.sqrt(0.5)
     mantissa, n = np.where(low, 2 * mantissa, mantissa), np.where(low, n - 1, n)
     y = np.log(mantissa)
-    e = _scaled(*_exp_parts(-y, np.zeros(x.size)))
+    e = P.scaled(*_exp_parts(-y, np.zeros(x.size)))
     zeros = np.zeros(x.size)
-    t, t_rest = _add(_call(multiply, mantissa, zeros, *e), -1.0)
+    t, t_rest = P.add_number(P.call(P.multiply, mantissa, zeros, *e), -1.0)
     t_rest = t_rest - t * t / 2
     f = mantissa - 1
     small = np.abs(f) < 2.0**-16
-    series = _call(polynomial, *_coefficients(tuple(Fraction((-1) ** k, k + 1) for k in range(8))), f, zeros)
-    series = _call(multiply, *series, f, zeros)
+    series = P.call(P.polynomial, *P.coefficients(tuple(Fraction((-1) ** k, k + 1) for k in range(8))), f, zeros)
+    series = P.call(P.multiply, *series, f, zeros)
     high, rest = np.where(small, series[0], y), np.where(small, series[1], 0.0)
-    high, rest = _call(add, high, rest, np.where(small, 0.0, t), np.where(small, 0.0, t_rest))
-    whole = _call(multiply, n.astype(np.float64), zeros, *_of_number(ln2(), x))
-    high, rest = _call(add, *whole, high, rest)
+    high, rest = P.call(P.add, high, rest, np.where(small, 0.0, t), np.where(small, 0.0, t_rest))
+    whole = P.call(P.multiply, n.astype(np.float64), zeros, *P.of_number(ln2(), x))
+    high, rest = P.call(P.add, *whole, high, rest)
     edge = np.where(x > 0, np.inf, np.where(x == 0, -np.inf, np.nan))
     return np.where(ordinary, high, edge), np.where(ordinary, rest, 0.0)
 
@@ -177,26 +75,22 @@ def _log(x: np.ndarray) -> Pair:
 def _tanh(x: np.ndarray) -> Pair:
     """(e - 1) / (e + 1) with e = exp(2|x|); below 2**-10 the series."""
     t = np.minimum(np.abs(x), 30.0)
-    e = _scaled(*_exp_parts(2 * t, 0 * t))
-    large = _call(divide, *_add(e, -1.0), *_add(e, 1.0))
-    square = _call(multiply, x, 0 * t, x, 0 * t)
+    e = P.scaled(*_exp_parts(2 * t, 0 * t))
+    large = P.call(P.divide, *P.add_number(e, -1.0), *P.add_number(e, 1.0))
+    square = P.call(P.multiply, x, 0 * t, x, 0 * t)
     odd = tuple(Fraction(*c) for c in ((1, 1), (-1, 3), (2, 15), (-17, 315), (62, 2835), (-1382, 155925)))
-    small = _call(multiply, *_call(polynomial, *_coefficients(odd), *square), t, 0 * t)
+    small = P.call(P.multiply, *P.call(P.polynomial, *P.coefficients(odd), *square), t, 0 * t)
     chosen = t < 2.0**-10
     high, rest = np.where(chosen, small[0], large[0]), np.where(chosen, small[1], large[1])
     return np.copysign(high, x), np.where(np.signbit(x), -rest, rest)
 
 
-def _add(a: Pair, number: float) -> Pair:
-    return _call(add, *a, np.full(a[0].size, number), np.zeros(a[0].size))
-
-
 def _logistic(z: Pair) -> tuple[Pair, Pair, np.ndarray]:
     """(1 / (1 + e), m / (1 + e), n) with e = m 2**n = exp(-z), z >= 0."""
     n, m = _exp_parts(-np.minimum(z[0], 1400.0), -z[1])
-    d = _add(_scaled(n, m), 1.0)
+    d = P.add_number(P.scaled(n, m), 1.0)
     one = np.ones(z[0].size)
-    return _call(divide, one, 0 * one, *d), _call(divide, *m, *d), n
+    return P.call(P.divide, one, 0 * one, *d), P.call(P.divide, *m, *d), n
 
 
 def _sigmoid(x: np.ndarray) -> Scaled:
@@ -210,17 +104,17 @@ CUBIC = TWICE * 44715 / 10**6
 
 def _gelu_exponent(t: np.ndarray) -> tuple[Pair, Pair]:
     """(2u, d(2u)/dx)."""
-    square = _call(multiply, t, 0 * t, t, 0 * t)
-    exponent = _call(polynomial, *_coefficients((TWICE, CUBIC)), *square)
-    slope = _call(polynomial, *_coefficients((TWICE, 3 * CUBIC)), *square)
-    return _call(multiply, *exponent, t, 0 * t), slope
+    square = P.call(P.multiply, t, 0 * t, t, 0 * t)
+    exponent = P.call(P.polynomial, *P.coefficients((TWICE, CUBIC)), *square)
+    slope = P.call(P.polynomial, *P.coefficients((TWICE, 3 * CUBIC)), *square)
+    return P.call(P.multiply, *exponent, t, 0 * t), slope
 
 
 def _gelu(x: np.ndarray) -> Scaled:
     t = np.minimum(np.abs(x), 64.0)
     one, other, n = _logistic(_gelu_exponent(t)[0])
-    below = _call(multiply, *other, t, 0 * t)
-    above = _call(multiply, *one, t, 0 * t)
+    below = P.call(P.multiply, *other, t, 0 * t)
+    above = P.call(P.multiply, *one, t, 0 * t)
     high = np.where(x < 0, -below[0], np.where(np.abs(x) < 64, np.copysign(above[0], x), x))
     low = np.where(x < 0, -below[1], np.where(np.abs(x) < 64, above[1], 0.0))
     return high, low, np.where(x < 0, n, 0.0)
@@ -231,11 +125,11 @@ def _gelu_slope(x: np.ndarray) -> Scaled:
     z, slope = _gelu_exponent(t)
     one, other, n = _logistic(z)
     s = [np.where(x < 0, b, a) for a, b in zip(one, other, strict=True)]  # without 2**n where x < 0
-    rest = [np.where(x < 0, a, b) for a, b in zip(one, _scaled(n, other), strict=True)]
-    p = _call(multiply, *_call(multiply, *rest, t, 0 * t), *slope)
+    rest = [np.where(x < 0, a, b) for a, b in zip(one, P.scaled(n, other), strict=True)]
+    p = P.call(P.multiply, *P.call(P.multiply, *rest, t, 0 * t), *slope)
     sign = np.where(x < 0, -1.0, 1.0)
-    factor = _add((p[0] * sign, p[1] * sign), 1.0)
-    return *_call(multiply, *s, *factor), np.where(x < 0, n, 0.0)
+    factor = P.add_number((p[0] * sign, p[1] * sign), 1.0)
+    return *P.call(P.multiply, *s, *factor), np.where(x < 0, n, 0.0)
 
 
 def _pow(x: np.ndarray, y: np.ndarray) -> Scaled:
@@ -244,7 +138,7 @@ def _pow(x: np.ndarray, y: np.ndarray) -> Scaled:
     ordinary = (size > 0) & (size < np.inf) & np.isfinite(y) & (y != 0)
     log = _log(np.where(ordinary, size, 1.0))
     bounded = np.clip(np.where(ordinary, y, 1.0), -1e200, 1e200)
-    exponent = _call(multiply, *log, bounded, 0 * bounded)
+    exponent = P.call(P.multiply, *log, bounded, 0 * bounded)
     high, low, n = _exp(exponent[0], np.where(np.abs(exponent[0]) < 1400, exponent[1], 0.0))
     whole = np.rint(y) == y
     odd = whole & (np.rint(y / 2) != y / 2)
@@ -253,17 +147,6 @@ def _pow(x: np.ndarray, y: np.ndarray) -> Scaled:
     high, low, n = (np.where(usual, a, 0.0) for a in (sign * high, sign * low, n))
     high[~usual] = np.power(x[~usual], y[~usual])
     return high, low, n
-
-
-@element
-def quarters(x_N, two_over_pi, a, b, c, n_N, out_N, rest_N):
-    """x = n pi/2 + out, for |x| up to NEAR, with pi/2 = a + b + c."""
-    for i in range(x_N.size):
-        n = np.rint(x_N[i] * two_over_pi)
-        p = n * b
-        high, low = _plus(fma(n, -a, x_N[i]), 0.0, -p, -fma(n, b, -p))
-        n_N[i] = n
-        out_N[i], rest_N[i] = _plus(high, low, -n * c, 0.0)
 
 
 SINE = tuple(Fraction((-1) ** k, math.factorial(2 * k + 1)) for k in range(14))
@@ -276,10 +159,10 @@ def _angle(x: np.ndarray, quarter: int) -> Pair:
     """sin(x + quarter pi/2): Taylor series of what is left to the nearest quarter; far away the C library's."""
     near = np.abs(x) <= NEAR
     n, r, r_rest = np.empty(x.size), np.empty(x.size), np.empty(x.size)
-    quarters(np.where(near, x, 0.0), 2 / math.pi, *HALF_PI, n, r, r_rest)
-    square = _call(multiply, r, r_rest, r, r_rest)
-    sine = _call(multiply, *_call(polynomial, *_coefficients(SINE), *square), r, r_rest)
-    cosine = _call(polynomial, *_coefficients(COSINE), *square)
+    P.quarters(np.where(near, x, 0.0), 2 / math.pi, *HALF_PI, n, r, r_rest)
+    square = P.call(P.multiply, r, r_rest, r, r_rest)
+    sine = P.call(P.multiply, *P.call(P.polynomial, *P.coefficients(SINE), *square), r, r_rest)
+    cosine = P.call(P.polynomial, *P.coefficients(COSINE), *square)
     turn = (n.astype(np.int64) + quarter) & 3
     sign = np.where(turn >= 2, -1.0, 1.0)
     high, rest = (sign * np.where(turn & 1, b, a) for a, b in zip(sine, cosine, strict=True))
@@ -306,7 +189,7 @@ def _erf_series(centre: float) -> Pair:
         for k in range(1, ERF_TERMS):  # now = the k-th derivative / k!; f'' = -2 x f'
             coefficients.append(now)
             before, now = now, (-2 * x * now - 2 * (k - 1) * before / k) / (k + 1)
-        return _coefficients(tuple(map(Fraction, coefficients)))
+        return P.coefficients(tuple(map(Fraction, coefficients)))
 
 
 def erf_near(x: np.ndarray, centre: float) -> Pair:
@@ -314,9 +197,9 @@ def erf_near(x: np.ndarray, centre: float) -> Pair:
     h = np.abs(x) - centre  # exact
     c, c_rest = _erf_series(centre)
     if centre:
-        high, rest = _call(polynomial, c, c_rest, h, 0 * h)
+        high, rest = P.call(P.polynomial, c, c_rest, h, 0 * h)
     else:
-        high, rest = _call(multiply, *_call(polynomial, c[1:], c_rest[1:], h, 0 * h), h, 0 * h)
+        high, rest = P.call(P.multiply, *P.call(P.polynomial, c[1:], c_rest[1:], h, 0 * h), h, 0 * h)
     return np.copysign(high, x), np.where(np.signbit(x), -rest, rest)
 
 
@@ -358,7 +241,7 @@ def pairs(name: str, *x: np.ndarray) -> Pair:
         high, low, *n = OF[name](*(np.where(np.abs(a) < tiny, np.copysign(0.0, a), a) for a in x))
         relative = low / high
         if n:
-            high = _scaled(n[0], (high, low))[0]
+            high = P.scaled(n[0], (high, low))[0]
         if name != "pow":
             high = np.where(np.isnan(x[0]), np.nan, high)
     return high, np.where(np.isfinite(relative) & np.isfinite(high), relative, 0.0)
