@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     result = earlier(folder / "functions.json")
     keys = [f"{kind} {name}" for kind in KINDS if options.kind in (None, kind) for name in options.names or ALL]
     if options.only != "speed":
-        wanted = [key for key in keys if options.again or key not in result["accuracy"]]
+        wanted = [key for key in keys if options.again or not _is_there(result["accuracy"].get(key), options.samples)]
         for key, found in errors(wanted, int(options.samples), options.processes):
             result["accuracy"][key] = found
             _write(folder, result, "errors", command)
@@ -80,6 +80,11 @@ def run(options: argparse.Namespace, command: str) -> None:
             result["speed"][key] = found
         _write(folder, result, "speed", command)
     print(report(result))
+
+
+def _is_there(found: dict[str, Any] | None, samples: float) -> bool:
+    """Whether a measurement has as many samples as are wanted."""
+    return found is not None and (found["exhaustive"] or found["count"] >= samples)
 
 
 def earlier(path: Path) -> dict[str, Any]:

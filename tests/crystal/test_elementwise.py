@@ -1,6 +1,6 @@
 """The elementary functions over arrays: errors over samples, special values, subnormals, places; and wrong arguments.
 
-The bounds are those of docs/crystal.md, measured over all 2**32 float32 and 1e9 float64 by bench/functions.py.
+The bounds are those of docs/crystal.md, measured over all 2**32 float32 and up to 1e9 float64 by bench/functions.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cllm_spheres.kernels.fpu import flush_subnormals, restore
 BOUNDS = {
     "exp": (0.74, 0.73), "log": (0.87, 0.86), "tanh": (1.35, 1.35), "sigmoid": (1.48, 1.50), "gelu": (0.51, 1.49),
     "gelu_slope": (0.50, 2.30), "sqrt": (0.50, 0.50), "rsqrt": (1.50, 1.50), "sin": (0.51, 0.80), "cos": (0.51, 0.80),
-    "erf": (1.30, 1.63), "pow": (0.51, 0.75),
+    "erf": (1.42, 1.63), "pow": (0.51, 0.75),
 }  # fmt: skip
 KINDS = ("float32", "float64")
 ONE = [name for name in BOUNDS if name != "pow"]
