@@ -1,44 +1,21 @@
-"""Elementary functions of one number, vectorised by the compiler where they are called in a loop.
+"""The elementary functions whose bits trained models have: the kernels' exp and log, the schedule's power and cosine.
 
-No libm is called: results do not depend on the C library, and `exp` fills the vector lanes.
+No libm is called: results do not depend on the C library, and `exp` fills the vector lanes. All functions, over their
+whole ranges and in both kinds of numbers, stand in elementary.py; a change here changes what is trained.
 """
 
 from __future__ import annotations
 
 import math
 
-import llvmlite.ir as ir
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from cllm_spheres.crystal.angles import cos as cos
+from cllm_spheres.crystal.angles import sin as sin
+from cllm_spheres.crystal.bits import bits_of_double, bits_of_float, double_of_bits, float_of_bits
 from cllm_spheres.crystal.jit import kernel
 
 f4 = np.float32
-
-
-@intrinsic
-def bits_of_float(typing_context, x):
-    """The bits of a float32 as int32."""
-    return types.int32(types.float32), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(32))
-
-
-@intrinsic
-def float_of_bits(typing_context, x):
-    """The float32 that has these bits."""
-    return types.float32(types.int32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
-
-
-@intrinsic
-def bits_of_double(typing_context, x):
-    """The bits of a float64 as int64."""
-    return types.int64(types.float64), lambda c, b, s, a: b.bitcast(a[0], ir.IntType(64))
-
-
-@intrinsic
-def double_of_bits(typing_context, x):
-    """The float64 that has these bits."""
-    return types.float64(types.int64), lambda c, b, s, a: b.bitcast(a[0], ir.DoubleType())
 
 
 ZERO, ONE, INFINITY = f4(0), f4(1), f4(np.inf)

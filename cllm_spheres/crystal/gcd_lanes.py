@@ -95,7 +95,8 @@ def gcd_rows(a_N, b_M, row_M, out_NM):
     for i in range(a_N.size):
         a = a_N[i]
         if a == 0:
-            row_M[:] = b_M
+            for j in range(b_M.size):
+                row_M[j] = b_M[j]
         elif b_M.itemsize == 2:
             _row_16(a, b_M.ctypes.data, row_M.ctypes.data, b_M.size)
         elif b_M.itemsize == 4:

@@ -111,6 +111,14 @@ def reduction(function: Any) -> Any:
     return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract", "reassoc"})(function)
 
 
+def element(function: Any) -> Any:
+    """Jit a function of a few numbers for use inside loops: always inlined, products and sums fused only by `fma`.
+
+    So it has the same bits in a vector, alone, and in every kernel.
+    """
+    return _decorate(numba.njit, **OPTIONS, nogil=True, forceinline=True)(function)
+
+
 def at_address(signature: Any) -> Any:
     """A function for jitted code that calls what is at an address: f(address, *arguments).
 

@@ -14,7 +14,17 @@ from numba import types
 
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.inference.team import begin, meet, next_pass, stop
-from cllm_spheres.kernels.arrays import exp_of_difference, f4, floats, integers, matrix, row_max, scale_row, tokens
+from cllm_spheres.kernels.arrays import (
+    copy_floats,
+    exp_of_difference,
+    f4,
+    floats,
+    integers,
+    matrix,
+    row_max,
+    scale_row,
+    tokens,
+)
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
 from cllm_spheres.kernels.gelu import gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_forward
@@ -159,8 +169,8 @@ def _attend(card, member, layer, rows):
         for r in range(piece[P_ROWS]):
             row, position = piece[P_ROW] + r, piece[P_POSITION] + r
             q = card[QKV] + 4 * (3 * row * c + head * d)
-            key, value = floats(q + 4 * c, d), floats(q + 8 * c, d)
-            floats(values + 4 * position * d, d)[:] = value
+            key = floats(q + 4 * c, d)
+            copy_floats(q + 8 * c, values + 4 * position * d, d)
             for j in range(d):
                 floats(keys + step * j + 4 * position, 1)[0] = key[j]
         for r in range(piece[P_ROWS]):
@@ -236,7 +246,7 @@ def _pass(card, member):
     if member == 0:
         which = integers(card[WANTED], wanted)
         for i in range(wanted):
-            floats(card[MID] + 4 * i * c, c)[:] = floats(card[X] + 4 * which[i] * c, c)
+            copy_floats(card[X] + 4 * which[i] * c, card[MID] + 4 * i * c, c)
     meet(team, members)
     _norm(card, member, card[MID], card[LNF_GAIN], card[LNF_BIAS], wanted)
     meet(team, members)

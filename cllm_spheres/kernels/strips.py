@@ -16,7 +16,7 @@ from numba import carray, types
 from cllm_spheres.crystal.cpu import has
 from cllm_spheres.crystal.functions import bits_of_float
 from cllm_spheres.crystal.jit import entry, kernel
-from cllm_spheres.kernels.arrays import f4, floats
+from cllm_spheres.kernels.arrays import copy_floats, f4, floats
 from cllm_spheres.kernels.sizes import TILE_COLUMNS, TILE_ROWS
 from cllm_spheres.kernels.tiles import LANES, pack_columns, pack_rows, tile, tile_of_halves
 from cllm_spheres.text.batches import pointer
@@ -152,6 +152,6 @@ def bundle_rows(x, inputs, rows, bundle, base):
     count = first_row(rows, bundle + 1) - row
     source, target = x + 4 * row * inputs, bundle_at(base, rows, bundle, inputs)
     if count == 1:
-        floats(target, inputs)[:] = floats(source, inputs)
+        copy_floats(source, target, inputs)
     else:
         pack_rows(inputs, source, 4 * inputs, count, target, 4 * count)

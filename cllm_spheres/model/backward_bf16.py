@@ -11,7 +11,7 @@ from numba import types
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels import trace as K
-from cllm_spheres.kernels.arrays import add_rows, f4, floats, matrix
+from cllm_spheres.kernels.arrays import add_rows, copy_floats, f4, floats, matrix
 from cllm_spheres.kernels.bf16.attention import attention_backward
 from cllm_spheres.kernels.bf16.linear import (
     THROUGH_GELU,
@@ -78,7 +78,7 @@ def _enter(dx_NC, dt_NC, t, key, first_sequence, threshold, keep_scale, rows, pa
     n, c = dx_NC.shape
     dy = dx_NC
     if threshold > 0:
-        dt_NC[:] = dx_NC
+        copy_floats(dx_NC.ctypes.data, dt_NC.ctypes.data, dx_NC.size)
         dropout_sequences(dt_NC, t, key, first_sequence, threshold, keep_scale)
         dy = dt_NC
     if db_C.size > 0:

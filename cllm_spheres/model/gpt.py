@@ -14,7 +14,7 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels import trace as K
-from cllm_spheres.kernels.arrays import doubles, f4, floats, integers, matrix, tokens
+from cllm_spheres.kernels.arrays import copy_floats, doubles, f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.cross_entropy import head_loss, head_loss_backward
 from cllm_spheres.kernels.dropout import dropout_sequences
@@ -117,7 +117,7 @@ def _through_dropout(dx, dt, length, key, first_sequence, threshold, keep_scale)
     """The gradient that enters a projection: that of the residual, or with dropout its masked copy in dt."""
     if threshold == 0:
         return dx
-    dt[:] = dx
+    copy_floats(dx.ctypes.data, dt.ctypes.data, dx.size)
     dropout_sequences(dt, length, key, first_sequence, threshold, keep_scale)
     return dt
 

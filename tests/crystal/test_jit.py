@@ -79,7 +79,7 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced(tree):
 
 
 def test_all_jitted_code_lies_in_the_folders_that_the_cache_knows():
-    compiled = {"kernel", "reduction", "entry", "intrinsic", "njit", "jit", "cfunc"}
+    compiled = {"kernel", "reduction", "element", "entry", "intrinsic", "njit", "jit", "cfunc"}
     for path in PACKAGE.rglob("*.py"):
         nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
         froms = [node for node in nodes if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit"))]
