@@ -1,9 +1,9 @@
 """An elementary function -> its largest error in ulp: of all 2**32 float32, or of samples of float64 and of pow.
 
-float32 functions are compared with crystal/double.py's of the same argument, which are measured beside them: an error
-of 2 ulp of a float64 is 2**-28 ulp of a float32. Samples of float64 are spread over where a function does something,
-evenly and by their logarithms, with bit patterns of all kinds among them; seeds follow from the block, so that a
-measurement can be repeated.
+float32 functions are compared with those of functions/double.py, which are measured beside them: an error of 2 ulp of
+a float64 is 2**-28 ulp of a float32. Samples of float64 are spread over where a function does something, evenly and by
+their logarithms, with bit patterns of all kinds among them; seeds follow from the block, so that a measurement can be
+repeated.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from cllm_spheres_bench import functions_reference as R
 
-from cllm_spheres.crystal import elementwise as W
-from cllm_spheres.crystal.bits import bits_of_double, double_of_bits, float_of_bits, magnitude
+from cllm_spheres.crystal.functions import elementwise as W
+from cllm_spheres.crystal.functions.bits import bits_of_double, double_of_bits, float_of_bits, magnitude
 from cllm_spheres.crystal.jit import kernel
 
 BLOCK = {"float32": 1 << 17, "float64": 1 << 14}

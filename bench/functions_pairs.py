@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cllm_spheres.crystal.bits import double_of_bits, fma
+from cllm_spheres.crystal.functions.bits import double_of_bits, fma
+from cllm_spheres.crystal.functions.reals import parts
 from cllm_spheres.crystal.jit import element
-from cllm_spheres.crystal.reals import parts
 
 Pair = tuple[np.ndarray, np.ndarray]
 Scaled = tuple[np.ndarray, np.ndarray, np.ndarray]  # a pair, and the power of two that it is to be multiplied with

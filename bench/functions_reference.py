@@ -20,7 +20,7 @@ import numpy as np
 from cllm_spheres_bench import functions_pairs as P
 from cllm_spheres_bench.functions_pairs import Pair, Scaled
 
-from cllm_spheres.crystal.reals import ln2, parts, pi, root
+from cllm_spheres.crystal.functions.reals import ln2, parts, pi, root
 
 LD = np.longdouble
 LN2 = parts(ln2(), 3)

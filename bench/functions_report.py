@@ -60,10 +60,10 @@ def _rates(found: dict[str, dict[str, Any]]) -> str:
     return markdown(["function", *SIDES, "ours to numpy", "ours to torch"], rows)
 
 
-_METHOD = """The functions of crystal/elementwise.py. Errors: the largest difference from the true value in units of the
-last place (ulp) of the result. float32 functions of one argument: every one of the 2**32 arguments, against the float64
-function of the same argument, whose own error is below 2**-27 ulp of a float32. float64, and pow: samples over all the
-range, against sums of two float64 right to the last column, or the C library's long double (roots, far angles), and all
+_METHOD = """Errors: the largest difference from the true value in units of the last place (ulp) of the result. float32
+functions of one argument: every one of the 2**32 arguments, against the float64 function of the same argument, whose
+own error is below 2**-27 ulp of a float32. float64, and pow: samples over all the range, against sums of two float64
+right to the last column, or the C library's long double (roots, far angles), and all
 special values. "Wrong specials" counts results that are not the reference's NaN, infinity or zero with its sign; a
 result below the normal range has to be zero. The unit of gelu's slope is at least that of 1/8 where it crosses zero,
 from -1.3 to -0.5.

@@ -10,7 +10,7 @@ import numpy as np
 from cllm_spheres_bench.kernel_peers import again
 from cllm_spheres_bench.kernels import measure
 
-from cllm_spheres.crystal import elementwise as W
+from cllm_spheres.crystal.functions import elementwise as W
 
 NUMBERS = 1 << 16
 # where arguments are drawn from, evenly: as a model's are, and whole turns for angles

@@ -33,9 +33,9 @@ from cllm_spheres.crystal import cpu
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
 COMPILED = (
-    "crystal/*.py", "faults.py", "inference/passes.py", "inference/team.py", "kernels/*.py", "kernels/*/*.py",
-    "model/*.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py", "spheres/firing.py",
-    "spheres/memory.py", "spheres/phases.py", "text/batches.py",
+    "crystal/*.py", "crystal/*/*.py", "faults.py", "inference/passes.py", "inference/team.py", "kernels/*.py",
+    "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py",
+    "spheres/firing.py", "spheres/memory.py", "spheres/phases.py", "text/batches.py",
 )  # fmt: skip
 OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
 

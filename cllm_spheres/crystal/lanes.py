@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cllm_spheres.crystal import functions as F
 from cllm_spheres.crystal.cpu import has
+from cllm_spheres.crystal.functions import training as F
 
 WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
@@ -169,7 +169,7 @@ def each(b: Any, count: Any) -> Any:
 
 
 def exp(x: Lanes, overflows: bool = False) -> Lanes:
-    """e**x as in crystal/functions.py: 0 below -87, NaN stays NaN. x <= 88, or with `overflows` inf above."""
+    """e**x as in crystal/functions/training.py: 0 below -87, NaN stays NaN. x <= 88, or with `overflows` inf above."""
     b = x.b
     t = spread(b, F.EXP_LOW).where(x.less(F.EXP_LOW), x)
     if overflows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.functions import log
+from cllm_spheres.crystal.functions.training import log
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
 from cllm_spheres.crystal.random import combine

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, types
 
-from cllm_spheres.crystal.functions import bits_of_float
+from cllm_spheres.crystal.functions.bits import bits_of_float
 from cllm_spheres.crystal.jit import entry, kernel, reduction
 from cllm_spheres.kernels.arrays import exp_of_difference, f4, floats
 from cllm_spheres.text.batches import pointer

@@ -9,7 +9,7 @@ import math
 
 from numba import types
 
-from cllm_spheres.crystal.functions import EXP_HIGH
+from cllm_spheres.crystal.functions.training import EXP_HIGH
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.lanes import Lanes, exp, load, over, reciprocal, spread, store, vectorised
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, types
 
 from cllm_spheres.crystal.cpu import has
-from cllm_spheres.crystal.functions import bits_of_float
+from cllm_spheres.crystal.functions.bits import bits_of_float
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import copy_floats, f4, floats
 from cllm_spheres.kernels.sizes import TILE_COLUMNS, TILE_ROWS

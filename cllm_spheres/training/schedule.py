@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from cllm_spheres.config import Config
-from cllm_spheres.crystal.functions import cosine_0_pi
+from cllm_spheres.crystal.functions.training import cosine_0_pi
 
 WSD_DECAY = 0.2  # the share of a run in which wsd decays
 

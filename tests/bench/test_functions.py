@@ -25,7 +25,7 @@ def sigmoid(x):
 
 
 def gelu(x):
-    from cllm_spheres.crystal.reals import pi, root
+    from cllm_spheres.crystal.functions.reals import pi, root
 
     twice = 2 * root(2 / pi())
     u = D(twice.numerator) / D(twice.denominator) * (x + D("0.044715") * x**3)

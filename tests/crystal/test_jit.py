@@ -56,7 +56,7 @@ def test_editing_a_helper_changes_the_result_of_the_kernels_that_use_it(tree):
     file, folder, first, hits = run(GELU, tree, XDG_CACHE_HOME=cache)
     assert file.startswith(str(tree)) and folder.startswith(cache) and hits == "0"
     assert run(GELU, tree, XDG_CACHE_HOME=cache) == [file, folder, first, "1"]
-    helper = tree / "cllm_spheres" / "crystal" / "functions.py"
+    helper = tree / "cllm_spheres" / "crystal" / "functions" / "training.py"
     source = helper.read_text()
     assert source.count("f4(5.0000001201e-1)") == 1  # a coefficient of exp, which gelu.py only imports
     helper.write_text(source.replace("f4(5.0000001201e-1)", "f4(0.75)"))

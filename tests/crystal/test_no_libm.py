@@ -12,7 +12,8 @@ import pytest
 from numba.core import caching
 
 import cllm_spheres
-from cllm_spheres.crystal import elementwise, lattice, primes, soft_targets, ulam
+from cllm_spheres.crystal import lattice, primes, soft_targets, ulam
+from cllm_spheres.crystal.functions import elementwise
 from cllm_spheres.crystal.jit import CACHE_FOLDER, PACKAGE, Entry, kernel
 from tests.crystal.symbols import undefined
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from math import inf, nan, sqrt
 
-from cllm_spheres.crystal import angles
-from cllm_spheres.crystal.bits import binade, fma, in_binade, magnitude, scaled, signed_as
+from cllm_spheres.crystal.functions import angles
+from cllm_spheres.crystal.functions.bits import binade, fma, in_binade, magnitude, scaled, signed_as
+from cllm_spheres.crystal.functions.polynomials import cubic, seventh
+from cllm_spheres.crystal.functions.reals import ln2, parts, pi, root
 from cllm_spheres.crystal.jit import element
-from cllm_spheres.crystal.polynomials import cubic, seventh
-from cllm_spheres.crystal.reals import ln2, parts, pi, root
 
 TINY = 2.0**-1022  # the smallest normal number
 LARGEST = (2.0 - 2.0**-52) * 2.0**1023

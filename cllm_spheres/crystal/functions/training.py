@@ -10,9 +10,7 @@ import math
 
 import numpy as np
 
-from cllm_spheres.crystal.angles import cos as cos
-from cllm_spheres.crystal.angles import sin as sin
-from cllm_spheres.crystal.bits import bits_of_double, bits_of_float, double_of_bits, float_of_bits
+from cllm_spheres.crystal.functions.bits import bits_of_double, bits_of_float, double_of_bits, float_of_bits
 from cllm_spheres.crystal.jit import kernel
 
 f4 = np.float32

@@ -1,6 +1,6 @@
 """Elementary functions of numpy arrays of float32 or float64 -> arrays of the same kind and shape, on one thread.
 
-    from cllm_spheres.crystal import elementwise
+    from cllm_spheres.crystal.functions import elementwise
     y = elementwise.exp(x)                # or elementwise.exp(x, out=y); out may be x
 
 A number's bits depend on nothing but itself: not on its place, its neighbours, the CPU's vectors, or the C library.
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from cllm_spheres.crystal import angles
-from cllm_spheres.crystal import elementary as E
-from cllm_spheres.crystal.bits import magnitude
+from cllm_spheres.crystal.functions import angles
+from cllm_spheres.crystal.functions import elementary as E
+from cllm_spheres.crystal.functions.bits import magnitude
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.errors import InputError
 

@@ -1,10 +1,10 @@
 """Elementary functions of float32 or float64, in jitted code: each takes single.py's or double.py's form by its type.
 
-    from cllm_spheres.crystal import elementary as E
+    from cllm_spheres.crystal.functions import elementary as E
     y = E.tanh(x)
 
 From Python they are for single numbers: Python's floats and numpy's float64, or numpy's float32. Arrays:
-crystal/elementwise.py. In loops that have to vectorise, sin and cos are `sin_near` and `cos_near`, right for
+crystal/functions/elementwise.py. In loops that have to vectorise, sin and cos are `sin_near` and `cos_near`, right for
 |x| <= angles.FAR and NaN beyond; `pow_plain` is pow where x is positive and normal and y finite.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from cllm_spheres.crystal import double, power, single
+from cllm_spheres.crystal.functions import double, power, single
 
 
 def _by_type(of_single: Any, of_double: Any) -> Callable[[Any], Any]:

@@ -1,7 +1,7 @@
 """An angle in radians -> the quarter turn it lies in and what is left of it, in two float64; its sine and cosine.
 
 `sin` and `cos` are for any float64. In loops that shall vectorise use `sin_near` and `cos_near`, right to FAR, and the
-others for what lies beyond: crystal/elementwise.py does so.
+others for what lies beyond: crystal/functions/elementwise.py does so.
 
 Up to FAR: Cody and Waite's reduction with pi/2 in three parts, whose first product cancels exactly in a fused
 multiply-add. Beyond: Payne and Hanek's, the bits of 2/pi that count for this exponent times the mantissa, in integers.
@@ -12,9 +12,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from cllm_spheres.crystal.bits import bits_of_double, fma, high_product, low_bits, magnitude, signed_as, turned
+from cllm_spheres.crystal.functions.bits import (
+    bits_of_double,
+    fma,
+    high_product,
+    low_bits,
+    magnitude,
+    signed_as,
+    turned,
+)
+from cllm_spheres.crystal.functions.reals import parts, pi
 from cllm_spheres.crystal.jit import element, kernel
-from cllm_spheres.crystal.reals import parts, pi
 
 FAR = 2.0**30  # n * pi/2 is exact enough up to here, and n has room in an int32
 ROUND = 1.5 * 2.0**52  # adding it rounds to a whole number

@@ -13,10 +13,10 @@ from math import sqrt
 
 import numpy as np
 
-from cllm_spheres.crystal import angles, double
-from cllm_spheres.crystal.bits import binade, fma, in_binade, magnitude, scaled, signed_as, turned
+from cllm_spheres.crystal.functions import angles, double
+from cllm_spheres.crystal.functions.bits import binade, fma, in_binade, magnitude, scaled, signed_as, turned
+from cllm_spheres.crystal.functions.polynomials import cubic, seventh
 from cllm_spheres.crystal.jit import element, kernel
-from cllm_spheres.crystal.polynomials import cubic, seventh
 
 f4, f8 = np.float32, np.float64
 ZERO, HALF, ONE, TWO, INFINITY, NAN = f4(0), f4(0.5), f4(1), f4(2), f4(np.inf), f4(np.nan)

@@ -12,9 +12,9 @@ import pytest
 from cllm_spheres_bench import functions_accuracy as A
 from numba import types
 
-from cllm_spheres.crystal import elementary as E
-from cllm_spheres.crystal import elementwise as W
-from cllm_spheres.crystal.angles import FAR
+from cllm_spheres.crystal.functions import elementary as E
+from cllm_spheres.crystal.functions import elementwise as W
+from cllm_spheres.crystal.functions.angles import FAR
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.errors import InputError
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
@@ -102,7 +102,7 @@ def test_angles_of_any_size(x):
     # 6381956970095103 * 2**797 is the float64 next to a multiple of pi/2. Fractions of pi to 1,400 bits tell the truth
     from fractions import Fraction
 
-    from cllm_spheres.crystal.reals import pi
+    from cllm_spheres.crystal.functions.reals import pi
 
     half = pi() / 2
     n = round(Fraction(x) / half)

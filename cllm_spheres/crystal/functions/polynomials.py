@@ -5,7 +5,7 @@ A CPU holds few turns of a long loop at a time: Horner's scheme left its units i
 
 from __future__ import annotations
 
-from cllm_spheres.crystal.bits import fma
+from cllm_spheres.crystal.functions.bits import fma
 from cllm_spheres.crystal.jit import element
 
 

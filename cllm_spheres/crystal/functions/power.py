@@ -14,11 +14,11 @@ from math import inf, nan
 
 import numpy as np
 
-from cllm_spheres.crystal.bits import binade, bits_of_double, fma, in_binade, magnitude, scaled
-from cllm_spheres.crystal.double import LARGEST, LN2_1, LOG2_E, ROUND, TINY, exp_of
+from cllm_spheres.crystal.functions.bits import binade, bits_of_double, fma, in_binade, magnitude, scaled
+from cllm_spheres.crystal.functions.double import LARGEST, LN2_1, LOG2_E, ROUND, TINY, exp_of
+from cllm_spheres.crystal.functions.polynomials import cubic
+from cllm_spheres.crystal.functions.reals import ln2, parts
 from cllm_spheres.crystal.jit import element
-from cllm_spheres.crystal.polynomials import cubic
-from cllm_spheres.crystal.reals import ln2, parts
 
 f4, f8 = np.float32, np.float64
 TINY_4 = 2.0**-126

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cllm_spheres.crystal.functions import cosine_0_pi, exp, integer_power, log
+from cllm_spheres.crystal.functions.training import cosine_0_pi, exp, integer_power, log
 from cllm_spheres.crystal.jit import kernel
 
 
