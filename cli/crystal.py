@@ -93,15 +93,23 @@ def crystal(
 
 
 def _prepared(data: Path | None, options: dict[str, str | int | None]) -> Prepared:
-    """The corpus as `train` would prepare it."""
+    """The corpus as `train` would prepare it; of a run what it is trained on."""
     from cllm_spheres_cli.progress import interruptible, progress_of
     from rich.console import Console
 
-    from cllm_spheres.config import merge
+    from cllm_spheres.config import flag, merge
+    from cllm_spheres.errors import InputError
     from cllm_spheres.text.embedded import minimal_text
+    from cllm_spheres.text.prepared import Prepared
+    from cllm_spheres.training.folder import read_config
     from cllm_spheres.training.session import prepare_data
 
     config, given = merge(options)
+    if data is not None and (data / "config.toml").is_file():
+        where = read_config(data)[1]["data"]
+        if given:
+            raise InputError(f"{data} is a run, whose text is prepared already: leave {flag(min(given))} out.")
+        return Prepared.open(where)
     text = minimal_text() if data is None and config.preset == "minimal" else data
     with interruptible("Nothing was shown."), progress_of(Console(stderr=True)) as progress:
         return prepare_data(text, config.tokenizer, config.vocab_size, given, progress)

@@ -190,13 +190,14 @@ def matrix(corpus: Corpus, count: int | None, number: int | None, gcd_weight: fl
         _say(console, " " * (_LABEL + 6) + "".join(f"{n % 100:2} " for n in range(1, count + 1)).rstrip())
     for n in range(1, count + 1):
         line = Text(f"{n:>4} {_fit(corpus.label(n), _LABEL)} ")
-        for s in table[n - 1] / largest:
-            shown = _SHADES[min(int(s * 10), 9)] if cell == 1 else f"{min(round(100 * s), 99):2} "
+        for m, s in enumerate(table[n - 1] / largest, 1):
+            shown = _SHADES[min(int(s * 10), 9)] if cell == 1 else " = " if m == n else f"{round(100 * s):2} "
             line.append(shown, heat(float(s)))
         _say(console, line)
     _say(console, "")
     unit = "from blank to @" if cell == 1 else "in hundredths"
-    _say(console, f"Similarities {unit} of the largest possible, {largest:g}; equal tokens have that.")
+    itself = "" if cell == 1 else ", marked ="
+    _say(console, f"Similarities {unit} of the largest possible, {largest:g}, which a token has with itself{itself}.")
 
 
 def similarities_of(count: int, gcd_weight: float, ulam_weight: float) -> np.ndarray:

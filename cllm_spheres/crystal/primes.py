@@ -20,7 +20,7 @@ from cllm_spheres.crystal.ulam import isqrt
 from cllm_spheres.errors import InputError
 
 LARGEST = 2**63 - 1
-SIEVE_LIMIT = 2**32  # the primes below it take 1.6 GB
+SIEVE_LIMIT = 2**32  # the primes below it take 1.6 GB, and as much again while they are found
 NUM_SIEVED = 203_280_221  # how many there are
 _SEGMENT = 1 << 18  # odd numbers looked at together: they fit a core's cache
 _SMALL = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -57,7 +57,7 @@ def gcd(a, b):
 def gcd_matrix(a_N: npt.ArrayLike, b_M: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """The greatest common divisors of every a with every b, int64 [N, M]; all numbers from 0 to 2**63 - 1.
 
-    Up to 32 pairs of numbers at a time, in lanes as wide as the largest number needs. InputError for others.
+    Many pairs of numbers at a time, in lanes as wide as the largest number needs. InputError for others.
     """
     a_N, b_M = _counting(a_N), _counting(b_M)
     largest = max(int(a_N.max(initial=0)), int(b_M.max(initial=0)))

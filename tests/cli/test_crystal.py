@@ -17,7 +17,7 @@ from cllm_spheres.crystal.ulam import place
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.prepared import Prepared
-from tests.runs import char_corpus, command, corpus  # noqa: F401
+from tests.runs import char_corpus, command, corpus, train_whole  # noqa: F401
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ def test_the_groups_share_all_tokens_and_all_of_the_text(show, corpus):  # noqa:
 
 def test_the_matrix_is_that_of_the_similarities(show, char_corpus):  # noqa: F811
     lines = show(char_corpus, "--show", "matrix", "--count", 20).splitlines()[1:21]
-    shown = [[int(cell) for cell in line[18:].split()] for line in lines]
+    shown = [line[18:].split() for line in lines]
     for a in range(1, 21):
-        assert shown[a - 1][a - 1] == 99
+        assert shown[a - 1][a - 1] == "="
         for b in set(range(1, 21)) - {a}:
-            assert abs(shown[a - 1][b - 1] - 100 * similarity(a, b, 0.7, 0.3)) <= 0.5
+            assert abs(int(shown[a - 1][b - 1]) - 100 * similarity(a, b, 0.7, 0.3)) <= 0.5
     shades = show(char_corpus, "--show", "matrix", "--count", 60).splitlines()[:60]
     assert all(line[18 + n] == "@" for n, line in enumerate(shades))
 
@@ -269,3 +269,11 @@ def test_a_vocabulary_of_one_has_no_neighbours(corpus, monkeypatch):  # noqa: F8
 
 def test_damaged_data_are_told(corpus, tmp_path):  # noqa: F811
     assert "nowhere" in refusal(tmp_path / "nowhere")
+
+
+def test_of_a_run_its_own_text_is_shown(corpus, tmp_path):  # noqa: F811
+    train_whole(corpus, tmp_path / "run", steps=1)
+    of_run, of_corpus = (command("crystal", path, "--show", "groups") for path in (tmp_path / "run", corpus))
+    assert (of_run.returncode, of_run.stdout) == (0, of_corpus.stdout)
+    refused = command("crystal", tmp_path / "run", "--tokenizer", "char")
+    assert refused.returncode == 2 and "is a run, whose text is prepared already: leave --tokenizer" in refused.stderr
