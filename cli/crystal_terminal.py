@@ -22,6 +22,7 @@ RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37
 _CELL = 7  # columns of a number on the spiral, unless told how many numbers
 _LEAST_CELL = 5  # with text
 _SHADES = " .:-=+*#%@"
+_WIDE = 60  # columns of a terminal that has room for the tokens of the groups
 _LABEL = 12  # columns of a token's text beside a matrix
 
 
@@ -158,16 +159,17 @@ def groups(corpus: Corpus, count: int | None, *_: object) -> None:
     table = Table()
     for name in ("group", "tokens", "primes", "of the text"):
         table.add_column(name, justify="right")
-    table.add_column("", no_wrap=True)
-    table.add_column("the most frequent", overflow="fold")
+    wide = console.width >= _WIDE
+    if wide:
+        table.add_column("", no_wrap=True)
+        table.add_column("the most frequent", overflow="fold")
     shares = [float(corpus.shares_V[members(corpus, g) - 1].sum()) for g in range(GROUPS)]
     for g, share in enumerate(shares):
         first = [corpus.label(int(n)) for n in members(corpus, g)[: count or 8]]
         bar = "\u2588" * round(10 * share / max(max(shares), 1e-9))
         num_primes = int((primes % GROUPS == g).sum())
-        table.add_row(
-            f"{g}", f"{len(members(corpus, g)):,}", f"{num_primes:,}", f"{share:.1%}", Text(bar), Text("  ".join(first))
-        )
+        rest = (Text(bar), Text("  ".join(first))) if wide else ()
+        table.add_row(f"{g}", f"{len(members(corpus, g)):,}", f"{num_primes:,}", f"{share:.1%}", *rest)
     console.print(table)
     _say(console, "group = number mod 12. But for 2 and 3, primes are in the groups 1, 5, 7 and 11 alone.")
 
