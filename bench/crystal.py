@@ -47,6 +47,7 @@ class Options:
     final_preset: str = "medium"
     cost_presets: tuple[str, ...] = ("small", "medium")
     alphas: tuple[float, ...] = grid.ALPHAS
+    inits: tuple[str, ...] = grid.INITS
     seeds: int = 5
     final_seeds: int = 3
     steps: int = 1000
@@ -120,8 +121,8 @@ def run(options: Options) -> int:
 
 
 def grid_tasks(options: Options, corpora: list[Corpus]) -> list[Task]:
-    """Every loss at every alpha with both initialisations on every corpus."""
-    cells = [Cell(cell.loss, cell.alpha, init) for init in grid.INITS for cell in grid.losses(options.alphas)]
+    """Every loss at every alpha with each initialisation on every corpus."""
+    cells = [Cell(cell.loss, cell.alpha, init) for init in options.inits for cell in grid.losses(options.alphas)]
     return grid.tasks(
         corpora, options.preset, cells, options.seeds, options.steps, options.eval_tokens, options.dtype
     )  # fmt: skip
@@ -188,7 +189,7 @@ def parts_of(
     return [
         _part(tasks, done, inits, folder)
         for tasks, inits in (
-            (grid_tasks(options, corpora), grid.INITS),
+            (grid_tasks(options, corpora), options.inits),
             (final_tasks(options, corpora, records), (grid.USUAL,)),
         )
     ]

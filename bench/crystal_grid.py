@@ -108,10 +108,13 @@ class Task:
 
     @property
     def key(self) -> str:
-        """A hash of every option with its default, the text and the arithmetic; the workers change no bit."""
+        """A hash of every option with its default, and of the text. The workers change no bit.
+
+        Another version's arithmetic, rounded differently, is not another experiment; the record has its number.
+        """
         config, _ = merge({k: v for k, v in self.options.items() if k not in self.cell.options})
         settings = {k: v for k, v in config.model_dump().items() if k not in _NO_BITS and k not in _OF_A_CELL}
-        settings |= {"cell": self.cell.options, "text": self.fingerprint, "arithmetic": ARITHMETIC}
+        settings |= {"cell": self.cell.options, "text": self.fingerprint}
         settings["dtype"] = choose(self.dtype, config.width)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -221,7 +224,8 @@ def train(task: Task, folder: Path, workers: int | None) -> dict[str, Any]:
         "dtype": choose(task.dtype, merge({"preset": task.preset})[0].width), "tokens": evaluations[-1]["tokens"],
         "curve": [[record["step"], record["val_loss"]] for record in evaluations],
         "train_cross_entropy": statistics.fmean(step.get("cross_entropy", step["loss"]) for step in last),
-        "seconds": sum(step["seconds"] - step["other_s"] for step in steps), "commit": commit(),
+        "seconds": sum(step["seconds"] - step["other_s"] for step in steps), "arithmetic": ARITHMETIC,
+        "commit": commit(),
     }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return record

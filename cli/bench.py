@@ -224,6 +224,7 @@ def crystal(
     final_preset: Annotated[str, typer.Option(help="The model of the final.")] = "medium",
     cost_presets: Annotated[str, typer.Option(help="The models whose steps are measured.")] = "small,medium",
     alphas: Annotated[str, typer.Option(help="Weights of the soft targets.")] = "0.05,0.1,0.3",
+    inits: Annotated[str, typer.Option(help="How embeddings begin in the grid: gpt2, lattice.")] = "gpt2,lattice",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the grid.")] = 5,
     final_seeds: Annotated[int, typer.Option(min=1, help="Seeds of the final.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run.")] = 1000,
@@ -241,6 +242,7 @@ def crystal(
     pip install 'cllm-spheres\\[plots]'.
     """
     from cllm_spheres_bench import crystal as benchmark
+    from cllm_spheres_bench.crystal_grid import INITS
     from cllm_spheres_cli.progress import interruptible
 
     from cllm_spheres.config import PRESETS
@@ -249,6 +251,7 @@ def crystal(
     options = benchmark.Options(
         texts=tuple(text or ()), embedded=embedded, only=tuple(part for part in parts if part != "report"),
         preset=preset, final_preset=final_preset, alphas=benchmark.alphas_of(alphas), seeds=seeds,
+        inits=tuple(_words(inits, "--inits", INITS)),
         cost_presets=tuple(_words(cost_presets, "--cost-presets", tuple(PRESETS))), final_seeds=final_seeds,
         steps=steps, eval_tokens=eval_tokens, dtype=_words(dtype, "--dtype", ("auto", "fp32", "bf16"))[0],
         rounds=rounds, seconds=seconds, workers=workers, work=work, out=out,
