@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres_bench.machine import commit
-
 from cllm_spheres.config import merge, preset_values
 from cllm_spheres.errors import InputError
 from cllm_spheres.model.dtypes import choose
@@ -225,7 +223,6 @@ def train(task: Task, folder: Path, workers: int | None) -> dict[str, Any]:
         "curve": [[record["step"], record["val_loss"]] for record in evaluations],
         "train_cross_entropy": statistics.fmean(step.get("cross_entropy", step["loss"]) for step in last),
         "seconds": sum(step["seconds"] - step["other_s"] for step in steps), "arithmetic": ARITHMETIC,
-        "commit": commit(),
     }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return record
