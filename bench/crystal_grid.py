@@ -215,12 +215,13 @@ def train(task: Task, folder: Path, workers: int | None) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         run = train(prepared.folder, run=folder, quiet=True, workers=workers, **task.options)
     steps, evaluations = run.metrics("step"), run.metrics("eval")
-    last = steps[-LAST_STEPS:]
+    last, every = steps[-LAST_STEPS:], task.options["eval_every"]
+    planned = {*range(0, task.steps, every), task.steps}  # one that was interrupted may have others besides
     record = {
         "kind": "run", "key": task.key, "corpus": task.corpus.name, "preset": task.preset, "loss": task.cell.loss,
         "alpha": task.cell.alpha, "init": task.cell.init, "seed": task.seed, "steps": task.steps,
         "dtype": choose(task.dtype, merge({"preset": task.preset})[0].width), "tokens": evaluations[-1]["tokens"],
-        "curve": [[record["step"], record["val_loss"]] for record in evaluations],
+        "curve": [[record["step"], record["val_loss"]] for record in evaluations if record["step"] in planned],
         "train_cross_entropy": statistics.fmean(step.get("cross_entropy", step["loss"]) for step in last),
         "seconds": sum(step["seconds"] - step["other_s"] for step in steps), "arithmetic": ARITHMETIC,
     }  # fmt: skip
