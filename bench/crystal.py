@@ -212,7 +212,7 @@ def _part(
         if found and folder:
             pictures[name] = f"crystal-{first.preset}-{name}.svg"
             seeds = len({record["seed"] for record in found})
-            title = f"{first.preset} on {name}, {first.steps:,} steps, {seeds} seeds"
+            title = f"{first.preset} on {name}, {first.steps:,} steps, seeds: {seeds}"
             plot.draw(folder / pictures[name], title, curves, cells, inits)
     dtype = choose(first.dtype, merge({"preset": first.preset})[0].width)
     return report.Part(first.preset, first.steps, dtype, cells, inits, corpora, tokens, missing, pictures)

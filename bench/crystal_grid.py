@@ -183,10 +183,17 @@ class Records:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process alone may work in a run's folder; held until the end of the block."""
+    """Whether this process alone may work in a run's folder; held until the end of the block.
+
+    InputError where nothing can be written there.
+    """
     path = folder.with_suffix(".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w")
+    except OSError as error:
+        raise InputError(f"--work {path.parent} cannot be written: {error.strerror}.") from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = path.exists() and path.samefile(f"/proc/self/fd/{file.fileno()}")  # not one that was just removed

@@ -33,7 +33,7 @@ def draw(path: Path, title: str, curves: Curves, cells: list[Cell], inits: tuple
 
     alphas = sorted({cell.alpha for cell in cells if cell.alpha is not None})
     figure, axes = pyplot.subplots(
-        len(inits), 2, figsize=(11, 4 * len(inits)), squeeze=False, layout="constrained", sharex=True
+        len(inits), 2, figsize=(11, 4 * len(inits)), squeeze=False, layout="constrained", sharex=True, sharey="col"
     )
     for init, (whole, less) in zip(inits, axes, strict=True):
         own = [Cell(cell.loss, cell.alpha, init) for cell in cells]
@@ -48,10 +48,11 @@ def draw(path: Path, title: str, curves: Curves, cells: list[Cell], inits: tuple
             less.fill_between(steps, low, high, color=COLOURS[cell.loss], alpha=0.08, lw=0)
         whole.set(ylabel="validation loss (nats a token)", title=f"embeddings: {init}")
         less.set(ylabel="less cross-entropy", title="paired difference, 95 % interval")
-        less.set_ylim(*limits(curves, own))
         less.legend(fontsize=7, ncols=2)
-    for axis in axes[-1]:
+    everything = [Cell(cell.loss, cell.alpha, init) for init in inits for cell in cells]
+    for axis, paired in zip(axes[-1], (False, True), strict=True):
         axis.set_xlabel("step")
+        axis.set_ylim(*limits(curves, everything, paired=paired))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -71,13 +72,13 @@ def points(curves: Curves, cell: Cell, other: Cell | None) -> tuple[list[float],
     ]
 
 
-def limits(curves: Curves, cells: list[Cell]) -> tuple[float, float]:
-    """Of the differences' axis: all but those of the first third, which would flatten the rest."""
-    ends = []
+def limits(curves: Curves, cells: list[Cell], *, paired: bool) -> tuple[float, float]:
+    """Of an axis: all points but those of the first third, which would flatten the rest, with their bands."""
+    ends = [0.0] if paired else []
     for cell in cells:
-        _, values = points(curves, cell, cell.plain)
+        _, values = points(curves, cell, cell.plain if paired else None)
         for value in values[len(values) // 3 :]:
             ends += [value.mean - (value.half or 0), value.mean + (value.half or 0)]
-    low, high = min([0.0, *ends]), max([0.0, *ends])
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
     margin = 0.05 * (high - low) or 0.01
     return low - margin, high + margin

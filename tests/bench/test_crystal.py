@@ -98,6 +98,9 @@ def test_a_run_is_claimed_by_one_at_a_time(tmp_path):
     with claimed(tmp_path / "work" / "run") as again:
         assert again
     assert list((tmp_path / "work").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--work .* cannot be written"), claimed(tmp_path / "file" / "run"):
+        pass
 
 
 # ---- the command
