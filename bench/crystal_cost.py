@@ -1,7 +1,8 @@
-"""A preset and a dtype -> the seconds of a step with each loss, measured in turn.
+"""A preset and a dtype -> the seconds of a step with each loss, measured in turn: of its arithmetic, and of all of it.
 
-Every turn is a short training of its own through the library. A turn's figure is the median of its steps without the
-first ones, and without what lies between steps; a round is a turn of each loss, every other round in reverse order.
+The arithmetic is measured call by call (crystal_shard.py). All of a step in short trainings through the library: a
+turn's figure is the median of its steps without the first ones, and without what lies between steps; a round is a turn
+of each loss, every other round in reverse order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cllm_spheres_bench import crystal_shard as shard
 from cllm_spheres_bench.crystal_grid import PLAIN, Cell, Corpus
 from cllm_spheres_bench.machine import commit, cpu_name
 
@@ -29,15 +31,20 @@ def measure(
     corpus: Corpus, preset: str, dtype: str, cells: list[Cell], *, seconds: float, rounds: int, workers: int | None,
     folder: Path, say: Callable[[str], None],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """A record of the results file; None where this CPU has no such dtype."""
+    """A record of the results file; None where this CPU has no such dtype. rounds 0: the arithmetic alone."""
     if usable(dtype) != dtype:
         say(f"{preset}, {dtype}: this CPU has none.")
         return None
     prepared = corpus.prepared(preset)
     load = os.getloadavg()[0]
-    first = turn(prepared.folder, folder, preset, dtype, Cell(), FEWEST_STEPS, workers)
-    steps = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(seconds / first["step"])))
-    turns: dict[str, list[dict[str, float]]] = {cell.loss: [] for cell in cells}
+    arithmetic = shard.summary(shard.measure(corpus, preset, dtype, cells, seconds=seconds * len(cells)))
+    shares = ", ".join(f"{loss} {found['ratio'] - 1:+.2%}" for loss, found in arithmetic.items() if loss != PLAIN)
+    say(f"{preset}, {dtype}, arithmetic: {shares}")
+    steps = 0
+    if rounds:
+        first = turn(prepared.folder, folder, preset, dtype, Cell(), FEWEST_STEPS, workers)
+        steps = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(seconds / first)))
+    turns: dict[str, list[float]] = {cell.loss: [] for cell in cells}
     for number in range(rounds):
         for cell in cells if number % 2 == 0 else cells[::-1]:
             turns[cell.loss].append(turn(prepared.folder, folder, preset, dtype, cell, steps, workers))
@@ -45,15 +52,13 @@ def measure(
         say(f"{preset}, {dtype}, round {number + 1} of {rounds}, {steps} steps a turn: {ratios}")
     return {
         "kind": "cost", "preset": preset, "dtype": dtype, "vocab_size": prepared.vocab_size, "steps": steps,
-        "turns": turns, "workers": workers or "all", "load_before": load, "machine": cpu_name(), "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "arithmetic": arithmetic, "turns": turns, "workers": workers or "all", "load_before": load,
+        "machine": cpu_name(), "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
-def turn(
-    data: Path, folder: Path, preset: str, dtype: str, cell: Cell, steps: int, workers: int | None
-) -> dict[str, float]:
-    """Median seconds of a step, and of its arithmetic in a worker, of a training of `steps` after the warm-up."""
+def turn(data: Path, folder: Path, preset: str, dtype: str, cell: Cell, steps: int, workers: int | None) -> float:
+    """Median seconds of a step, of a training of `steps` after the warm-up."""
     from cllm_spheres.api import train
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,21 +69,17 @@ def turn(
     )  # fmt: skip
     records = run.metrics("step")[WARM_STEPS:]
     shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "step": statistics.median(record["seconds"] - record["other_s"] for record in records),
-        "compute": statistics.median(record["compute_s"] for record in records),
-    }
+    return statistics.median(record["seconds"] - record["other_s"] for record in records)
 
 
-def ratios_of(turns: dict[str, list[dict[str, float]]], loss: str, what: str = "step") -> list[float]:
+def ratios_of(turns: dict[str, list[float]], loss: str) -> list[float]:
     """A loss's seconds over those of cross-entropy in the same round."""
-    return [own[what] / plain[what] for own, plain in zip(turns[loss], turns[PLAIN], strict=True)]
+    return [own / plain for own, plain in zip(turns[loss], turns[PLAIN], strict=True)]
 
 
 def ratio(cost: dict[str, Any] | None, loss: str) -> float | None:
-    """The median of a loss's ratios; None where it was not measured."""
+    """Of a loss's arithmetic to that of cross-entropy; None where it was not measured."""
     if loss == PLAIN:
         return 1.0
-    if cost is None or loss not in cost["turns"]:
-        return None
-    return statistics.median(ratios_of(cost["turns"], loss))
+    found = cost["arithmetic"].get(loss) if cost else None
+    return found["ratio"] if found else None

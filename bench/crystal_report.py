@@ -21,8 +21,8 @@ with. Every interval is a 95 % interval by Student's t over the seeds: what othe
 Differences are paired: both runs of a pair have the same seed, that is the same order of the data. Below 0 is better.
 A verdict is "no difference" where the interval holds 0. With so many comparisons one in twenty is outside by chance;
 a star says that Holm's correction over all comparisons of its kind and preset (p < 0.05) leaves it.
-At equal time: the loss on a cell's own curve where cross-entropy has ended, by the cost of a step below. The schedule
-is then not quite at its end, as that of a run planned for this time would be."""
+At equal time: the loss on a cell's own curve where cross-entropy has ended, by the cost of the arithmetic below. The
+schedule is then not quite at its end, as that of a run planned for this time would be."""
 
 
 @dataclass(frozen=True)
@@ -197,18 +197,35 @@ def _costs(costs: list[dict[str, Any]]) -> list[str]:
         return ["Not measured yet: `--only cost`."]
     rows = []
     for cost in costs:
-        plain = statistics.median(turn["step"] for turn in cost["turns"][PLAIN])
-        for loss in cost["turns"]:
-            if loss != PLAIN:
-                step, compute = (crystal_cost.ratios_of(cost["turns"], loss, what) for what in ("step", "compute"))
-                rows.append([
-                    f"{cost['preset']}, {cost['dtype']}", f"{cost['vocab_size']:,}", loss, f"{plain * 1e3:.2f} ms",
+        turns = cost["turns"]
+        for loss, found in cost["arithmetic"].items():
+            if loss == PLAIN:
+                continue
+            row = [
+                f"{cost['preset']}, {cost['dtype']}", f"{cost['vocab_size']:,}", loss,
+                f"{cost['arithmetic'][PLAIN]['seconds'] * 1e3:.2f} ms",
+                f"{found['ratio'] - 1:+.2%} ({found['low'] - 1:+.2%} to {found['high'] - 1:+.2%})",
+            ]  # fmt: skip
+            if turns[loss]:
+                step = crystal_cost.ratios_of(turns, loss)
+                row += [
+                    f"{statistics.median(turns[PLAIN]) * 1e3:.2f} ms",
                     f"{statistics.median(step) - 1:+.1%} ({min(step) - 1:+.1%} to {max(step) - 1:+.1%})",
-                    f"{statistics.median(compute) - 1:+.1%}", str(len(step)), f"{cost['load_before']:.1f}",
-                ])  # fmt: skip
-    head = ["model", "vocabulary", "loss", "step of cross-entropy", "step", "arithmetic alone", "rounds", "load before"]
+                ]
+            rows.append(row + [""] * (7 - len(row)) + [f"{cost['load_before']:.1f}"])
+    head = ["model", "vocabulary", "loss", "arithmetic", "more arithmetic", "step", "more time a step", "load before"]
     return [
-        "More time than a step with cross-entropy, in the same round; the median of the rounds and their range."
-        f" The aim: at most {LARGEST_SHARE:.0%}. `load before`: processes that wanted a core during the minute before.",
+        "Arithmetic: processor time of a sphere's part of a step with cross-entropy on one core, and how much more it"
+        " is with another loss, call by call in turn: the median and its 95 % interval. The aim: at most"
+        f" {LARGEST_SHARE:.0%}. Step: the wall clock of whole trainings in turn, the median over rounds and their"
+        " range; it feels what else the machine does. Load before: processes that wanted a core a minute before.",
         "", _table(head, rows),
     ]  # fmt: skip
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return markdown(head, rows).rstrip("\n")
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -230,8 +230,10 @@ def crystal(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run.")] = 1000,
     eval_tokens: Annotated[int, typer.Option(min=1, help="Validation tokens, at ten places of a run.")] = 100_000,
     dtype: Annotated[str, typer.Option(help="Arithmetic of the runs: auto, fp32 or bf16.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each loss, for its cost.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Length of a turn, for the cost.")] = 6.0,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Trainings with each loss, for the cost of a step; 0: of its arithmetic alone.")
+    ] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Length of each, and of each loss's arithmetic.")] = 6.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. They change no bit.")] = None,
     work: Annotated[Path, typer.Option(help="Where runs lie until they are done.")] = Path("runs/bench-crystal"),
     out: Out = None,

@@ -215,6 +215,7 @@ def test_the_cost_of_every_loss_is_measured_in_turn(words, tmp_path, capsys):
     assert ("minimal", "fp32") in measured
     for found in measured.values():
         assert list(found["turns"]) == ["cross-entropy", "crystalline", "smoothing", "random"]
-        assert all(len(turns) == 2 and turns[0]["step"] > 0 for turns in found["turns"].values())
+        assert all(len(turns) == 2 and min(turns) > 0 for turns in found["turns"].values())
+        assert all(found["arithmetic"][loss]["rounds"] >= 10 for loss in found["turns"])
     assert "| minimal, fp32 | 257 | crystalline |" in (own.out / "crystal.md").read_text()
     assert not (own.work / "cost").exists()

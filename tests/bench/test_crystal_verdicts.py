@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from cllm_spheres_bench import crystal_cost, crystal_plot, crystal_report
+from cllm_spheres_bench import crystal_cost, crystal_plot, crystal_report, crystal_shard
 from cllm_spheres_bench.crystal_compare import Comparison, Curves, at, best_alpha, corrected
 from cllm_spheres_bench.crystal_grid import Cell, losses
 from cllm_spheres_bench.crystal_stats import Interval, holm, interval, t_quantile, two_sided_p
@@ -125,10 +125,11 @@ def test_a_verdict_is_by_the_interval_and_its_star_by_holm():
 
 COST = {
     "kind": "cost", "preset": "small", "dtype": "fp32", "vocab_size": 1024, "load_before": 0.1,
-    "turns": {
-        "cross-entropy": [{"step": 0.010, "compute": 0.008}, {"step": 0.020, "compute": 0.016}],
-        "crystalline": [{"step": 0.011, "compute": 0.008}, {"step": 0.021, "compute": 0.016}],
+    "arithmetic": {
+        "cross-entropy": {"seconds": 0.005, "ratio": 1.0, "low": 1.0, "high": 1.0},
+        "crystalline": {"seconds": 0.006, "ratio": 1.075, "low": 1.0745, "high": 1.08},
     },
+    "turns": {"cross-entropy": [0.010, 0.020], "crystalline": [0.011, 0.021]},
 }  # fmt: skip
 
 
@@ -169,7 +170,9 @@ def test_the_report_says_of_every_cell_what_came_out():
     assert row(text, "smoothing 0.1", "gpt2")[2:] == ["+0.0000 ± 0.0000", "no difference", "1.000", "not measured"]
     assert row(text, "crystalline 0.1 less random", "lattice")[1] == "better*"
     assert row(text, "random 0.1", "lattice less gpt2")[:2] == ["-0.0080 ± 0.0099", "no difference"]
-    assert row(text, "small, fp32")[:4] == ["1,024", "crystalline", "15.00 ms", "+7.5% (+5.0% to +10.0%)"]
+    assert row(text, "small, fp32") == [
+        "1,024", "crystalline", "5.00 ms", "+7.50% (+7.45% to +8.00%)", "15.00 ms", "+7.5% (+5.0% to +10.0%)", "0.1",
+    ]  # fmt: skip
     assert "![Curves of small on words](words.svg)" in text and "not done" not in text
     assert text.count("## small") == 1 and "On 5,000 tokens." in text
 
@@ -184,9 +187,23 @@ def test_the_report_of_half_a_grid_says_what_is_missing():
 
 
 def test_ratios_are_within_a_round():
-    assert crystal_cost.ratio(COST, "crystalline") == pytest.approx(1.075)
-    assert crystal_cost.ratio(COST, "cross-entropy") == 1.0
+    assert crystal_cost.ratio(COST, "crystalline") == 1.075 and crystal_cost.ratio(COST, "cross-entropy") == 1.0
     assert crystal_cost.ratio(None, "crystalline") is None and crystal_cost.ratio(COST, "random") is None
+    taken = {"cross-entropy": [1.0, 2.0, 4.0], "crystalline": [1.1, 2.4, 4.0]}
+    assert crystal_cost.ratios_of(taken, "crystalline") == pytest.approx([1.1, 1.2, 1.0])
+    found = crystal_shard.summary(taken)["crystalline"]
+    assert (found["seconds"], found["ratio"], found["rounds"]) == (2.4, pytest.approx(1.1), 3)
+    assert (found["low"], found["high"]) == (1.0, pytest.approx(1.2))
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(2000):
+        noise = np.exp(rng.normal(0, 0.5, 60))  # skewed, of median 1
+        found = crystal_shard.summary({"cross-entropy": [1.0] * 60, "random": noise.tolist()})["random"]
+        held += found["low"] <= 1 <= found["high"]
+    assert held / 2000 > 0.95 - 4 * math.sqrt(0.95 * 0.05 / 2000)  # four standard deviations of the count below
 
 
 def test_a_picture_has_every_line_and_the_bands_of_the_differences(tmp_path):
