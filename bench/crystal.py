@@ -24,6 +24,7 @@ from cllm_spheres_bench import crystal_plot as plot
 from cllm_spheres_bench import crystal_report as report
 from cllm_spheres_bench.crystal_compare import Curves, best_alpha
 from cllm_spheres_bench.crystal_grid import Cell, Corpus, Records, Task
+from cllm_spheres_bench.crystal_mass import shares
 from cllm_spheres_bench.machine import facts, results_folder
 
 from cllm_spheres.config import merge, preset_values
@@ -200,7 +201,7 @@ def _part(
 ) -> report.Part:  # fmt: skip
     first = tasks[0]
     cells = list(dict.fromkeys(task.cell for task in tasks if task.cell.init == grid.USUAL))
-    corpora, tokens, pictures = {}, {}, {}
+    corpora, tokens, pictures, masses = {}, {}, {}, {}
     missing = 0
     for name in dict.fromkeys(task.corpus.name for task in tasks):
         own = [task.key for task in tasks if task.corpus.name == name]
@@ -209,13 +210,15 @@ def _part(
         corpora[name] = curves = Curves(found)
         if found:
             tokens[name] = found[0]["tokens"]
+            text = next(task.corpus for task in tasks if task.corpus.name == name)
+            masses[name] = shares(text.prepared(first.preset), first.preset)
         if found and folder:
             pictures[name] = f"crystal-{first.preset}-{name}.svg"
             seeds = len({record["seed"] for record in found})
             title = f"{first.preset} on {name}, {first.steps:,} steps, seeds: {seeds}"
             plot.draw(folder / pictures[name], title, curves, cells, inits)
     dtype = choose(first.dtype, merge({"preset": first.preset})[0].width)
-    return report.Part(first.preset, first.steps, dtype, cells, inits, corpora, tokens, missing, pictures)
+    return report.Part(first.preset, first.steps, dtype, cells, inits, corpora, tokens, missing, pictures, masses)
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from cllm_spheres_bench import crystal_cost
 from cllm_spheres_bench.crystal_compare import Comparison, Curves, corrected
 from cllm_spheres_bench.crystal_grid import CRYSTAL, INITS, LATTICE, PLAIN, RANDOM, SMOOTHING, SOFT, USUAL, Cell
+from cllm_spheres_bench.crystal_mass import MOST_FREQUENT
 from cllm_spheres_bench.crystal_stats import Interval
 from cllm_spheres_bench.machine import markdown
 
@@ -38,6 +39,7 @@ class Part:
     tokens: dict[str, int]  # evaluated, by corpus
     missing: int  # runs that are not done
     pictures: dict[str, str]
+    masses: dict[str, dict[str, float]]  # of each corpus: what crystal_mass.py found
 
     def all_cells(self) -> Iterable[Cell]:
         """With every initialisation."""
@@ -86,6 +88,11 @@ def _section(part: Part, cost: dict[str, Any] | None) -> list[str]:
         if corpus in part.tokens:
             lines += [f"On {part.tokens[corpus]:,} tokens.", ""]
         lines += [_cells(part, corpus, curves, by_name, cost), ""]
+        if mass := part.masses.get(corpus):
+            lines += [
+                f"What the {MOST_FREQUENT} most frequent tokens get: "
+                + ", ".join(f"of {name} {share:.0%}" for name, share in mass.items()) + ".", "",
+            ]  # fmt: skip
         for title, found in (("of the same alpha", controls), ("of initialisations", begun)):
             own = [comparison for comparison in found if comparison.name[0] == corpus]
             if own:

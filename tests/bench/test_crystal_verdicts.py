@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
-from cllm_spheres_bench import crystal_cost, crystal_plot, crystal_report, crystal_shard
+from cllm_spheres_bench import crystal_cost, crystal_mass, crystal_plot, crystal_report, crystal_shard
 from cllm_spheres_bench.crystal_compare import Comparison, Curves, at, best_alpha, corrected
-from cllm_spheres_bench.crystal_grid import Cell, losses
+from cllm_spheres_bench.crystal_grid import Cell, Corpus, losses
 from cllm_spheres_bench.crystal_stats import Interval, holm, interval, t_quantile, two_sided_p
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cllm_spheres.config import merge
+from cllm_spheres.text.frequency import frequency_order
+from cllm_spheres.training.soft_targets import loss_options, table
+from tests.runs import text
 
 PLAIN, LATTICE = Cell(), Cell(init="lattice")
 CRYSTAL, RANDOM = Cell("crystalline", 0.1), Cell("random", 0.1)
@@ -143,6 +149,7 @@ def part(**changes) -> crystal_report.Part:
     values = dict(
         preset="small", steps=200, dtype="fp32", cells=losses((0.1,)), inits=("gpt2", "lattice"),
         corpora={"words": Curves(made)}, tokens={"words": 5000}, missing=0, pictures={"words": "words.svg"},
+        masses={"words": {"the text itself": 0.5, "crystalline": 0.4}},
     )  # fmt: skip
     return crystal_report.Part(**{**values, **changes})
 
@@ -150,38 +157,39 @@ def part(**changes) -> crystal_report.Part:
 HEAD = {"machine": "CPU", "cores": 2, "system": "Linux", "commit": "abc", "date": "2026-11-21", "command": "bench"}
 
 
-def row(text: str, *cells: str) -> list[str]:
+def row(report: str, *cells: str) -> list[str]:
     """The cells after those that a row of a table begins with."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in report.splitlines()]
     (found,) = [found[len(cells) :] for found in rows if found[: len(cells)] == list(cells)]
     return found
 
 
 def test_the_report_says_of_every_cell_what_came_out():
-    text = crystal_report.markdown_of(HEAD, [part()], [COST])
-    assert row(text, "crystalline less cross-entropy") == ["+0.1000 ± 0.0000: worse"]
-    assert row(text, "crystalline less random") == ["-0.1000 ± 0.0000: better"]
-    seeds, loss, difference, verdict, p, equal_time = row(text, "crystalline 0.1", "gpt2")
+    report = crystal_report.markdown_of(HEAD, [part()], [COST])
+    assert row(report, "crystalline less cross-entropy") == ["+0.1000 ± 0.0000: worse"]
+    assert row(report, "crystalline less random") == ["-0.1000 ± 0.0000: better"]
+    seeds, loss, difference, verdict, p, equal_time = row(report, "crystalline 0.1", "gpt2")
     # 3 + 0.1 + 0.011 * (1, 2, 3): mean 3.122, t 4.3027 * 0.011 / sqrt(3) = 0.0273
     assert (seeds, loss, difference) == ("3", "3.1220 ± 0.0273", "+0.1020 ± 0.0025")
     assert verdict == "worse*" and float(p.removeprefix("< ")) < 0.05
     # 7.5 % dearer in the median: step 186.05 of 200, 13.95 % of the way back from 3.122 to 5; cross-entropy has 3.02
     assert equal_time.startswith("+0.3640")
-    assert row(text, "smoothing 0.1", "gpt2")[2:] == ["+0.0000 ± 0.0000", "no difference", "1.000", "not measured"]
-    assert row(text, "crystalline 0.1 less random", "lattice")[1] == "better*"
-    assert row(text, "random 0.1", "lattice less gpt2")[:2] == ["-0.0080 ± 0.0099", "no difference"]
-    assert row(text, "small, fp32") == [
+    assert row(report, "smoothing 0.1", "gpt2")[2:] == ["+0.0000 ± 0.0000", "no difference", "1.000", "not measured"]
+    assert row(report, "crystalline 0.1 less random", "lattice")[1] == "better*"
+    assert row(report, "random 0.1", "lattice less gpt2")[:2] == ["-0.0080 ± 0.0099", "no difference"]
+    assert row(report, "small, fp32") == [
         "1,024", "crystalline", "5.00 ms", "+7.50% (+7.45% to +8.00%)", "15.00 ms", "+7.5% (+5.0% to +10.0%)", "0.1",
     ]  # fmt: skip
-    assert "![Curves of small on words](words.svg)" in text and "not done" not in text
-    assert text.count("## small") == 1 and "On 5,000 tokens." in text
+    assert "![Curves of small on words](words.svg)" in report and "not done" not in report
+    assert "get: of the text itself 50%, of crystalline 40%." in report
+    assert report.count("## small") == 1 and "On 5,000 tokens." in report
 
 
 def test_the_report_of_half_a_grid_says_what_is_missing():
     made = Curves([record(PLAIN, 1, 3.0), record(CRYSTAL, 1, 3.1)])
-    text = crystal_report.markdown_of(HEAD, [part(corpora={"words": made}, missing=6, pictures={})], [])
-    assert "**6 runs are not done.**" in text and "Not measured yet" in text
-    assert row(text, "crystalline 0.1", "gpt2") == ["1", "3.1000", "+0.1000", "one seed", "", "not measured"]
+    report = crystal_report.markdown_of(HEAD, [part(corpora={"words": made}, missing=6, pictures={})], [])
+    assert "**6 runs are not done.**" in report and "Not measured yet" in report
+    assert row(report, "crystalline 0.1", "gpt2") == ["1", "3.1000", "+0.1000", "one seed", "", "not measured"]
     nothing = crystal_report.markdown_of(HEAD, [part(corpora={"words": Curves([])}, missing=8)], [])
     assert "**8 runs are not done.**" in nothing and "| cross-entropy" not in nothing
 
@@ -204,6 +212,24 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
         found = crystal_shard.summary({"cross-entropy": [1.0] * 60, "random": noise.tolist()})["random"]
         held += found["low"] <= 1 <= found["high"]
     assert held / 2000 > 0.95 - 4 * math.sqrt(0.95 * 0.05 / 2000)  # four standard deviations of the count below
+
+
+def test_what_the_most_frequent_get_is_counted_over_the_text(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text(text(100))
+    prepared = Corpus("words", path).prepared("minimal")
+    found = crystal_mass.shares(prepared, "minimal")
+    ids = prepared.train.tolist()
+    frequent = [token for token, _ in Counter(ids).most_common(100)]  # 63 characters: all that the text has
+    assert found["the text itself"] == sum(token in frequent for token in ids) / len(ids) == 1.0
+    assert found["smoothing"] == 100 / 257
+    config = merge({"preset": "minimal", "loss": "random"})[0].model_copy(update={"vocab_size": 257})
+    config = config.model_copy(update=loss_options(config, 257))
+    ids_VK, weights_VK = table(config, prepared)
+    order = frequency_order(prepared)[0][:100].tolist()
+    slow = [sum(float(w) for j, w in zip(ids_VK[t], weights_VK[t], strict=True) if j in order) for t in ids]
+    assert found["random"] == pytest.approx(sum(slow) / len(slow), abs=1e-6)  # weights are float32
+    assert found["crystalline"] > found["random"]
 
 
 def test_a_picture_has_every_line_and_the_bands_of_the_differences(tmp_path):
