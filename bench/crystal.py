@@ -2,7 +2,7 @@
 
 The grid: a small model on every corpus with cross-entropy, the crystalline loss, ordinary label smoothing and soft
 targets over random neighbours, each at every alpha and with both initialisations. The final: a larger model on the
-first corpus with the alpha at which the crystalline loss did best, and the same controls. The cost: steps in turn.
+first corpus with the alpha at which the crystalline loss did best, and random neighbours. The cost: steps in turn.
 Every run is an ordinary training; its result is a line of crystal.jsonl, and is not trained again.
 """
 
@@ -130,14 +130,15 @@ def grid_tasks(options: Options, corpora: list[Corpus]) -> list[Task]:
 
 
 def final_tasks(options: Options, corpora: list[Corpus], records: Records) -> list[Task]:
-    """Every loss at the grid's best alpha on the first corpus, with the usual initialisation."""
+    """Cross-entropy, the crystal at the grid's best alpha and random neighbours, on the first corpus."""
     done = records.runs()
     found = [done[task.key] for task in grid_tasks(options, corpora[:1]) if task.key in done]
     alpha = best_alpha(Curves(found), grid.CRYSTAL, options.alphas)
     if alpha is None:
         alpha = FINAL_ALPHA if FINAL_ALPHA in options.alphas else options.alphas[0]
+    cells = [Cell(), Cell(grid.CRYSTAL, alpha), Cell(grid.RANDOM, alpha)]
     return grid.tasks(
-        corpora[:1], options.final_preset, grid.losses((alpha,)), options.final_seeds, options.steps,
+        corpora[:1], options.final_preset, cells, options.final_seeds, options.steps,
         options.eval_tokens, options.dtype,
     )  # fmt: skip
 

@@ -131,7 +131,7 @@ def test_the_command_in_a_result_has_no_folders():
 
 
 def options(folder: Path, text: Path, **more) -> crystal.Options:
-    """The smallest grid and final that there are: eight runs and four."""
+    """The smallest grid and final that there are."""
     values = dict(
         texts=(text,), embedded=False, only=("grid", "final"), preset="minimal", final_preset="minimal",
         alphas=(0.1,), seeds=2, final_seeds=1, steps=20, eval_tokens=200, dtype="fp32", workers=1,
