@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm_spheres.config import merge, preset_values
+from cllm_spheres.crystal.lattice import features
+from cllm_spheres.crystal.similarity import nearest
 from cllm_spheres.errors import InputError
 from cllm_spheres.model.dtypes import choose
 from cllm_spheres.text.prepared import Prepared, prepare_cached
@@ -31,8 +34,12 @@ USUAL, LATTICE = INITS = "gpt2", "lattice"
 ALPHAS = (0.05, 0.1, 0.3)
 EVALUATIONS = 10  # of a run: the points of its curve
 LAST_STEPS = 50  # training losses are averaged over so many: of one step they are noise
+SAMPLE = 256  # tokens of a crystal that is hashed
+GCD_WEIGHT, ULAM_WEIGHT, NUM_NEIGHBOURS = 0.7, 0.3, 16
 # What the losses with soft targets take besides alpha; stated, so that a change of a default is another key.
-NEIGHBOURS = {"neighbours": 16, "neighbour_temperature": 0.1, "gcd_weight": 0.7, "ulam_weight": 0.3}
+NEIGHBOURS = {
+    "neighbours": NUM_NEIGHBOURS, "neighbour_temperature": 0.1, "gcd_weight": GCD_WEIGHT, "ulam_weight": ULAM_WEIGHT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,18 +113,30 @@ class Task:
 
     @property
     def key(self) -> str:
-        """A hash of every option with its default, and of the text. The workers change no bit.
+        """A hash of every option with its default, of the text, and of what the crystal gives. Workers change no bit.
 
         Another version's arithmetic, rounded differently, is not another experiment; the record has its number.
         """
         config, _ = merge({k: v for k, v in self.options.items() if k not in self.cell.options})
         settings = {k: v for k, v in config.model_dump().items() if k not in _NO_BITS and k not in _OF_A_CELL}
         settings |= {"cell": self.cell.options, "text": self.fingerprint}
+        settings["crystal"] = crystal_of(self.cell, config.width)
         settings["dtype"] = choose(self.dtype, config.width)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
     def __str__(self) -> str:
         return f"{self.corpus.name}, {self.preset}, {self.cell}, {self.cell.init}, seed {self.seed}"
+
+
+@functools.cache
+def crystal_of(cell: Cell, width: int) -> str:
+    """A hash of what a cell takes from the crystal, for a small vocabulary: another lattice is another experiment."""
+    digest = hashlib.sha256()
+    if cell.init == LATTICE:
+        digest.update(features(SAMPLE, width).tobytes())
+    if cell.loss in (CRYSTAL, RANDOM):
+        digest.update(nearest(SAMPLE, NUM_NEIGHBOURS, GCD_WEIGHT, ULAM_WEIGHT)[0].tobytes())
+    return digest.hexdigest()
 
 
 _NO_BITS = ("workers", "save_every", "keep")

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cllm_spheres_bench import crystal, crystal_grid
 from cllm_spheres_bench.crystal_grid import Cell, Corpus, Records, Task, claimed, losses, tasks
@@ -35,6 +36,20 @@ def test_a_key_names_all_that_bits_depend_on():
     ]  # fmt: skip
     assert len({one.key for one in (task(), *others)}) == 11
     assert task().key == task(corpus=Corpus("other name")).key
+
+
+def test_another_lattice_or_another_similarity_is_another_experiment(monkeypatch):
+    cells = [PLAIN, Cell("smoothing", 0.1), LATTICE, CRYSTAL, RANDOM]
+    before = [task(cell=cell).key for cell in cells]
+    crystal_grid.crystal_of.cache_clear()
+    monkeypatch.setattr(crystal_grid, "features", lambda count, width: np.zeros((count, width), np.float32))
+    after = [task(cell=cell).key for cell in cells]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, True, True]
+    crystal_grid.crystal_of.cache_clear()
+    monkeypatch.setattr(crystal_grid, "nearest", lambda count, *_: (np.zeros((count, 16), np.int32), None))
+    after = [task(cell=cell).key for cell in cells]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, False, False]
+    crystal_grid.crystal_of.cache_clear()
 
 
 def test_the_grid_has_every_cell_and_a_seed_at_a_time(tmp_path):
