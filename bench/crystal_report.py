@@ -169,21 +169,22 @@ def _differences(title: str, comparisons: list[Comparison]) -> str:
 
 
 def _short(part: Part) -> str:
-    """The mean over all alphas and initialisations, which has less noise than one cell: a row a question."""
+    """The mean over all alphas, which has less noise than one cell: a row a question."""
     questions = [
-        *((f"{loss} less cross-entropy", _pairs(part, loss, PLAIN, part.inits)) for loss in SOFT),
-        *((f"{CRYSTAL} less {other}", _pairs(part, CRYSTAL, other, part.inits)) for other in (RANDOM, SMOOTHING)),
+        (f"{loss} less {other}, {init}", _pairs(part, loss, other, (init,)))
+        for init in part.inits
+        for loss, other in [*((loss, PLAIN) for loss in SOFT), (CRYSTAL, RANDOM), (CRYSTAL, SMOOTHING)]
     ]
     if set(INITS) <= set(part.inits):
         both = [(Cell(cell.loss, cell.alpha, LATTICE), cell) for cell in part.cells]
-        questions.append((f"embeddings: {LATTICE} less {USUAL}", both))
+        questions.append((f"{LATTICE} less {USUAL}, with {PLAIN}", both[:1]))
+        questions.append((f"{LATTICE} less {USUAL}, mean over all losses", both))
     rows = []
     for question, pairs in questions:
         found = [curves.pooled(pairs) for curves in part.corpora.values()]
         if any(found):
             rows.append([question, *(_with_verdict(value) for value in found)])
-    inits = " and embeddings" if len(part.inits) > 1 else ""
-    return _table([f"mean over alphas{inits}", *part.corpora], rows)
+    return _table(["mean over alphas", *part.corpora], rows)
 
 
 def _with_verdict(value: Interval | None) -> str:

@@ -166,8 +166,11 @@ def row(report: str, *cells: str) -> list[str]:
 
 def test_the_report_says_of_every_cell_what_came_out():
     report = crystal_report.markdown_of(HEAD, [part()], [COST])
-    assert row(report, "crystalline less cross-entropy") == ["+0.1000 ± 0.0000: worse"]
-    assert row(report, "crystalline less random") == ["-0.1000 ± 0.0000: better"]
+    assert row(report, "crystalline less cross-entropy, gpt2") == ["+0.1020 ± 0.0025: worse"]
+    assert row(report, "crystalline less random, lattice") == ["-0.0980 ± 0.0025: better"]
+    assert row(report, "lattice less gpt2, with cross-entropy") == ["+0.0000 ± 0.0000: no difference"]
+    # -0.002 and -0.004 times the seed with two of four losses: -0.0015 times 1, 2, 3
+    assert row(report, "lattice less gpt2, mean over all losses") == ["-0.0030 ± 0.0037: no difference"]
     seeds, loss, difference, verdict, p, equal_time = row(report, "crystalline 0.1", "gpt2")
     # 3 + 0.1 + 0.011 * (1, 2, 3): mean 3.122, t 4.3027 * 0.011 / sqrt(3) = 0.0273
     assert (seeds, loss, difference) == ("3", "3.1220 ± 0.0273", "+0.1020 ± 0.0025")
