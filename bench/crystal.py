@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def _part(
     tasks: list[Task], done: dict[str, dict[str, Any]], inits: tuple[str, ...], folder: Path | None
 ) -> report.Part:  # fmt: skip
     first = tasks[0]
-    cells = list(dict.fromkeys(task.cell for task in tasks if task.cell.init == grid.USUAL))
+    cells = list(dict.fromkeys(replace(task.cell, init=grid.USUAL) for task in tasks))
     corpora, tokens, pictures, masses = {}, {}, {}, {}
     missing = 0
     for name in dict.fromkeys(task.corpus.name for task in tasks):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cllm_spheres_bench import crystal, crystal_grid
+from cllm_spheres_bench import crystal, crystal_grid, crystal_report
 from cllm_spheres_bench.crystal_grid import Cell, Corpus, Records, Task, claimed, losses, tasks
+from cllm_spheres_bench.machine import facts
 
 import cllm_spheres
 from cllm_spheres.errors import InputError
@@ -162,6 +163,15 @@ def words(tmp_path) -> Path:
     return path
 
 
+def done(one: Task) -> dict:
+    """A record of a run as though it had been trained."""
+    cell = one.cell
+    return {
+        "loss": cell.loss, "alpha": cell.alpha, "init": cell.init, "seed": one.seed, "tokens": 5,
+        "curve": [[0, 4.0], [20, 3.0]],
+    }  # fmt: skip
+
+
 def curves(folder: Path) -> dict[str, list]:
     """What must not depend on interruptions: key -> curve."""
     return {key: record["curve"] for key, record in Records(folder / "crystal.jsonl").runs().items()}
@@ -184,6 +194,15 @@ def test_a_small_grid_is_trained_once_and_reported(words, tmp_path, monkeypatch,
     assert (own.out / "crystal.md").read_text() == report
     assert crystal.run(replace(own, seeds=3)) == 0  # a seed more is 8 runs more
     assert len(curves(own.out)) == 24 and found.items() <= curves(own.out).items()
+
+
+def test_the_lattice_alone_is_reported_too(words, tmp_path):
+    own = options(tmp_path, words, only=(), inits=("lattice",))
+    found = {one.key: done(one) for one in crystal.grid_tasks(own, crystal.corpora_of(own))}
+    part = crystal._part(crystal.grid_tasks(own, crystal.corpora_of(own)), found, own.inits, None)
+    assert [cell.loss for cell in part.cells] == ["cross-entropy", "crystalline", "smoothing", "random"]
+    report = crystal_report.markdown_of(facts("bench"), [part], [])
+    assert "| crystalline 0.1 | lattice | 2 | 3.0000 ± 0.0000 |" in report and "| gpt2 |" not in report
 
 
 @pytest.mark.slow
