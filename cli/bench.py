@@ -211,3 +211,53 @@ def load(
     )  # fmt: skip
     with interruptible("Nothing was written."):
         raise typer.Exit(benchmark.run(options))
+
+
+@bench.command()
+def crystal(
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text to train on besides the embedded corpus; may be repeated.")
+    ] = None,
+    embedded: Annotated[bool, typer.Option(help="Train on the embedded corpus.")] = True,
+    only: Annotated[str, typer.Option(help="Parts: grid, final, cost; report: none anew.")] = "grid,final,cost",
+    preset: Annotated[str, typer.Option(help="The model of the grid.")] = "small",
+    final_preset: Annotated[str, typer.Option(help="The model of the final.")] = "medium",
+    cost_presets: Annotated[str, typer.Option(help="The models whose steps are measured.")] = "small,medium",
+    alphas: Annotated[str, typer.Option(help="Weights of the soft targets.")] = "0.05,0.1,0.3",
+    inits: Annotated[str, typer.Option(help="How embeddings begin in the grid: gpt2, lattice.")] = "gpt2,lattice",
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds of the grid.")] = 5,
+    final_seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds of the final.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run.")] = 1000,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Validation tokens, at ten places of a run.")] = 100_000,
+    dtype: Annotated[str, typer.Option(help="Arithmetic of the runs: auto, fp32 or bf16.")] = "auto",
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Trainings with each loss, for the cost of a step; 0: of its arithmetic alone.")
+    ] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Length of each, and of each loss's arithmetic.")] = 6.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. They change no bit.")] = None,
+    work: Annotated[Path, typer.Option(help="Where runs lie until they are done.")] = Path("runs/bench-crystal"),
+    out: Out = None,
+) -> None:
+    """Train with the crystalline loss, the lattice, and their controls; say what each is worth, with intervals.
+
+    The default takes an hour or more. What is done is kept: the same command goes on. Pictures are an extra:
+    pip install 'cllm-spheres\\[plots]'.
+    """
+    from cllm_spheres_bench import crystal as benchmark
+    from cllm_spheres_bench.crystal_grid import INITS
+    from cllm_spheres_cli.progress import interruptible
+
+    from cllm_spheres.config import PRESETS
+
+    parts = _words(only, "--only", (*benchmark.STAGES, "report"))
+    options = benchmark.Options(
+        texts=tuple(text or ()), embedded=embedded, only=tuple(part for part in parts if part != "report"),
+        preset=preset, final_preset=final_preset, alphas=benchmark.alphas_of(alphas), seeds=seeds,
+        inits=tuple(_words(inits, "--inits", INITS)),
+        cost_presets=tuple(_words(cost_presets, "--cost-presets", tuple(PRESETS))), final_seeds=final_seeds,
+        steps=steps, eval_tokens=eval_tokens, dtype=_words(dtype, "--dtype", ("auto", "fp32", "bf16"))[0],
+        rounds=rounds, seconds=seconds, workers=workers, work=work, out=out,
+        command=benchmark.without_folders(["cllm-spheres", *sys.argv[1:]]),
+    )  # fmt: skip
+    with interruptible("What is done is kept; the same command goes on."):
+        raise typer.Exit(benchmark.run(options))

@@ -46,7 +46,9 @@ def test_help_names_every_option_of_the_contract_and_fits_80_columns(name, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["serve", "crystal", "bench peers", "bench scaling", "bench kernels", "bench load"])
+@pytest.mark.parametrize(
+    "name", ["serve", "crystal", "bench peers", "bench scaling", "bench kernels", "bench load", "bench crystal"]
+)
 def test_help_names_the_extra_that_a_command_needs(name, tmp_path):
     assert re.search(r"pip\s+install\s+'cllm-spheres\[[a-z]+\]'", command(*name.split(), "--help", cwd=tmp_path).stdout)
 

@@ -752,7 +752,7 @@ def command_line(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cllm_spheres.training.launch.Launch", NoLaunch)
         patch.setattr("cllm_spheres.api.attend", lambda *_, **__: (0, "done"))
-        for name in ("peers", "scaling", "kernels"):
+        for name in ("peers", "scaling", "kernels", "crystal"):
             patch.setattr(f"cllm_spheres_bench.{name}.run", lambda _: 0)
         patch.setattr("sys.argv", ["cllm-spheres", *words])
         patch.setattr("sys.stdout", out)
@@ -829,6 +829,7 @@ FLAGS = {
         "--weak",
     ],
     "bench kernels": ["--sizes", "--repeats", "--seconds"],
+    "bench crystal": ["--text", "--only", "--preset", "--alphas", "--inits", "--seeds", "--steps", "--dtype"],
     "trian": ["--x"],
     "--version": [],
 }
