@@ -183,7 +183,7 @@ def _head(s: Shape, rows: int, torch: Any) -> Candidates:
         small[first : first + part.size] = part.view(np.uint32) >> 16
     chunk = min(CHUNK, padded(v))
     turned, logits, dx, dwte = form(n, chunk), form(n, chunk), filled(n, c), filled(v, c)
-    stats, scratch, kept = filled(3 * n), filled(32 * CHUNK), filled(max(1, kept_logits(n, v)))
+    stats, scratch, kept = filled(5 * n + 2), filled(32 * CHUNK), filled(max(1, kept_logits(n, v)))
     targets = np.full((rows // s.block_size, padded(s.block_size)), -1, np.int32)  # -1: padding
     targets[:, : s.block_size] = np.random.default_rng(2).integers(0, v, (len(targets), s.block_size))
 

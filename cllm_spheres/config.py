@@ -186,8 +186,8 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
     Given None values are ignored. Raises InputError for unknown keys and values out of range.
     """
     chosen = {key: value for key, value in read_toml(file).items() if key not in DATA_KEYS} if file else {}
-    if given.get("loss") in LOSSES:  # the file's may have options that this one has not
-        for key in {*_NEIGHBOURS} - {*LOSSES[given["loss"]]}:
+    if isinstance(loss := given.get("loss"), str):  # the file's may have options that this one has not
+        for key in {*_NEIGHBOURS} - {*LOSSES.get(loss, ())}:
             chosen.pop(key, None)
     chosen |= {key: value for key, value in given.items() if value is not None}
     for key in chosen:

@@ -19,8 +19,8 @@ from tests.runs import Family, finished, start, wait_until
 
 PHASES = ("compute_s", "waiting_s", "gather_s", "update_s", "other_s")
 STEP = {
-    "kind", "step", "loss", "lr", "grad_norm", "clipped_norm", "tokens", "total_tokens", "time", "seconds",
-    "tokens_per_s", *PHASES,
+    "kind", "step", "loss", "cross_entropy", "lr", "grad_norm", "clipped_norm", "tokens", "total_tokens", "time",
+    "seconds", "tokens_per_s", *PHASES,
 }  # fmt: skip
 EVAL = {
     "kind", "step", "val_loss", "perplexity", "bits_per_byte", "unigram_loss", "bigram_loss", "tokens", "time",

@@ -22,7 +22,7 @@ from cllm_spheres.text import prepare as prepare_module
 from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.tokenizer import load_tokenizer
 from cllm_spheres.training import score as scoring
-from tests.runs import begin, command, text, train_whole, wait_until
+from tests.runs import begin, command, lives, text, train_whole, wait_until
 
 DTYPES = [
     "fp32",
@@ -134,9 +134,10 @@ def test_no_bit_depends_on_who_dies(run, victim, monkeypatch):
 
     def kill(stage, done, total):
         if stage == "score" and total / 4 < done < total / 2 and len(killed) < 2:
-            (server,) = psutil.Process().children()
-            process = server.children()[-1] if victim == "worker" else server
-            if process.pid not in killed:
+            children = [c for c in psutil.Process().children() if lives(c)]
+            servers = [c for c in children if "cllm_spheres.spheres.server" in c.cmdline()]
+            victims = [worker for server in servers for worker in server.children()] if victim == "worker" else servers
+            if victims and (process := victims[-1]).pid not in killed:  # else they are being replaced
                 process.send_signal(signal.SIGKILL)
                 killed.append(process.pid)
 
