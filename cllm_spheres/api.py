@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm_spheres.errors import InputError, Interrupted, RunFailed
+from cllm_spheres.errors import InputError, Interrupted, RunFailed, nearest, shown
 from cllm_spheres.inference.model import Model, load
+from cllm_spheres.text.handed import as_folder, as_path, as_paths
 from cllm_spheres.training import session
 from cllm_spheres.training.launch import Launch, signals_passed_on
 from cllm_spheres.training.score import Score, score
 
 __all__ = ["Model", "Run", "Score", "evaluate", "load", "train"]
 
+Data = str | os.PathLike[str] | Iterable[os.PathLike[str]] | Iterable[str]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Run:
-    """A run on disk."""
+    """A run on disk, by the path of its folder. InputError where there is none."""
 
     path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", as_folder(path))
+        self._check()
+
+    def _check(self) -> None:
+        from cllm_spheres.watch.follow import find_run
+
+        if not (self.path / "checkpoints").is_dir():  # an imported one has nothing else
+            find_run(self.path)
 
     def __fspath__(self) -> str:
         return str(self.path)
 
     def metrics(self, kind: str = "step") -> list[dict[str, Any]]:
-        """The records of metrics.jsonl of one kind: "step", "eval", "spheres" or "event"; the last of a step wins."""
-        from cllm_spheres.events import read
+        """The records of metrics.jsonl of one kind: "step", "eval", "spheres" or "event"; the last of a step wins.
 
+        Those of a kind are flat and have the same keys, but for events: pandas.DataFrame(run.metrics()) is a table.
+        """
+        from cllm_spheres.events import KINDS, read
+
+        if kind not in KINDS:
+            raise InputError(f"There are no records of kind {shown(kind)}: {nearest(str(kind), KINDS)}")
+        self._check()
         records = [record for record in read(self.path / "metrics.jsonl") if record["kind"] == kind]
         if kind in ("step", "eval"):
             return list({record["step"]: record for record in records if type(record.get("step")) is int}.values())
@@ -55,21 +75,23 @@ class Run:
 
 
 def train(
-    data: str | Path | None = None,
+    data: Data | None = None,
     *,
-    run: str | Path | None = None,
+    run: str | os.PathLike[str] | None = None,
     resume: bool | Literal["auto"] = False,
     exact: bool = False,
     faults: Sequence[str] = (),
     profile: bool = False,
-    config: str | Path | None = None,
-    start_from: str | Path | None = None,
+    config: str | os.PathLike[str] | None = None,
+    start_from: str | os.PathLike[str] | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> Run:
     """Train as `cllm-spheres train` does, in processes of their own, and return the run when it has ended.
 
-    data: a prepared folder, or a file or folder of text; None is the embedded corpus. options: the fields of
+    data: a path, as str or Path: of a prepared folder, or of a file or folder of text. Or a list of Paths, for several.
+    Or a list or an iterator of str: the texts themselves, each a document; the run does not remember where they came
+    from, so a resume needs them again once its cache is gone. None is the embedded corpus. options: the fields of
     `cllm_spheres.config.Config`, such as preset, steps, workers. exact: refuse to resume where other library
     versions or another CPU may change bits. resume: "auto" begins the run where
     there is none yet. faults: PHASE:STEP:SPHERE:ACTION each, to see the run survive them. profile: trace a step into
@@ -81,17 +103,20 @@ def train(
     """
     if name := next((name for name in ("from", "from_") if name in options), None):
         raise InputError(f"There is no option {name!r} in Python, where it is a word of the language: give start_from.")
+    folder, file, start = as_path(run, "run"), as_path(config, "config"), as_path(start_from, "start_from")
     with Launch(None if resume or start_from else options) as launch:
-        plan, finished = session.make_plan(
-            _path(data), options, run=_path(run), resume=resume, exact=exact, file=_path(config), faults=list(faults),
-            start_from=_path(start_from),
-        )  # fmt: skip
+        with as_paths(data) as source:
+            plan, finished = session.make_plan(
+                source, options, run=folder, resume=resume, exact=exact, file=file, faults=list(faults),
+                start_from=start,
+            )  # fmt: skip
         if finished:
             code, message = 0, finished
         else:
             code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet)
     if code == 130:
-        print(message, file=sys.stderr)
+        if not quiet:
+            print(message, file=sys.stderr)
         raise KeyboardInterrupt(message)
     if code > 128:
         raise Interrupted(message, code - 128)
@@ -126,13 +151,9 @@ def evaluate(
     Raises InputError for bad input, RunFailed where the workers cannot do it.
     """
     return score(
-        Path(run), _path(data), checkpoint=checkpoint, stride=stride, block_size=block_size, workers=workers,
-        dtype=dtype, max_tokens=max_tokens,
+        as_folder(run), as_path(data, "data"), checkpoint=checkpoint, stride=stride, block_size=block_size,
+        workers=workers, dtype=dtype, max_tokens=max_tokens,
     )  # fmt: skip
-
-
-def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def attend(launch: Launch, *, plain: bool | None, quiet: bool = False) -> tuple[int, str]:

@@ -25,6 +25,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
+KINDS = ("step", "eval", "spheres", "event")
+
 # The names of events, in the order in which a run usually meets them.
 EVENTS = (
     "start",  # workers, spheres, batch_size, block_size, steps, num_parameters, run, cores, dtype, pinned, config

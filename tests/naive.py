@@ -1,7 +1,8 @@
 """Slow, obvious twins in float64: arrays in, arrays out, the formula and nothing else.
 
 Every jitted kernel is compared with its twin here, and every twin's gradient with finite differences. The
-whole model is at the end: `naive_logits`, `naive_loss_and_gradients`. Gradients are returned, not added.
+whole model is at the end: `naive_logits`, `naive_hidden_states`, `naive_loss_and_gradients`. Gradients are returned,
+not added.
 
 B sequences, T positions, C channels, H heads of width D, V vocabulary, F feed-forward, M rows, I inputs,
 O outputs. An argument without suffix may have any leading dimensions.
@@ -213,6 +214,12 @@ def naive_logits(shape: Shape, parameters, inputs_BT, mask=no_dropout):
     """
     p, _, _, final_BTC = _forward(shape, parameters, inputs_BT, mask)
     return final_BTC @ p["wte.weight"].T
+
+
+def naive_hidden_states(shape: Shape, parameters, inputs_BT):
+    """[layers + 1, B, T, C]: what goes into each layer, and the normed rows behind the last."""
+    _, layers, _, final_BTC = _forward(shape, parameters, inputs_BT, no_dropout)
+    return np.stack([layer[1] for layer in layers] + [final_BTC])
 
 
 def naive_loss_and_gradients(shape: Shape, parameters, inputs_BT, targets_BT, mask=no_dropout, soft=()):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cllm_spheres as cs
+from cllm_spheres import api
 from cllm_spheres.errors import InputError, RunFailed
-from tests.exchange.models import GOLDEN
-from tests.naive import naive_logits, naive_loss_and_gradients
+from cllm_spheres.text.handed import as_paths
+from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.text.tokenizer import ByteTokenizer
+from cllm_spheres.training.folder import Plan, read_config
+from cllm_spheres.training.session import prepare_data
+from tests.exchange.models import GOLDEN, SHAPE, weights
+from tests.naive import naive_hidden_states, naive_logits, naive_loss_and_gradients
 from tests.runs import TINY, corpus, text  # noqa: F401
 
 SCRIPT = """
@@ -101,6 +110,83 @@ def test_a_run_tells_its_metrics_and_is_resumed(run, tmp_path):
         cs.train(resume=True)
 
 
+def test_a_run_is_found_by_its_name_and_refuses_what_is_not_there(run, tmp_path):
+    assert cs.Run(str(run.path)) == run and cs.Run(run) == run
+    with pytest.raises(InputError, match=r"ru does not exist\. Did you mean .*run\?"):
+        cs.Run(run.path.with_name("ru"))
+    with pytest.raises(InputError, match="not the folder of a run"):
+        cs.Run(tmp_path)
+    with pytest.raises(InputError, match="no records of kind 'evals': did you mean 'eval'"):
+        run.metrics("evals")
+    for kind in ("step", "eval"):  # what pandas.DataFrame takes as a table without gaps
+        records = run.metrics(kind)
+        assert {tuple(record) for record in records} == {tuple(records[0])}
+        assert all(isinstance(value, str | int | float) for record in records for value in record.values())
+
+
+def test_texts_are_documents(tmp_path, capfd):
+    lines = text(60).splitlines()
+    run = cs.train(iter(lines), run=str(tmp_path / "run"), quiet=True, **TINY, steps=2, tokenizer="bpe", vocab_size=300)
+    manifest = Prepared.open(read_config(run.path)[1]["data"]).manifest
+    assert manifest["documents"] == len(lines)
+    assert not os.path.exists(manifest["sources"][0])  # the texts are kept once, as tokens
+    assert cs.train(lines, run=run.path, resume=True, steps=3, quiet=True).metrics()[-1]["step"] == 3
+    with pytest.raises(InputError, match="begun with other data"):
+        cs.train([*lines, "more"], run=run.path, resume=True, steps=4, quiet=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_paths_are_files_or_prepared_folders(corpus, tmp_path):  # noqa: F811
+    for name in "ab":
+        (tmp_path / name).write_text(text(60, seed=ord(name)))
+    with as_paths(tmp_path / name for name in "ab") as paths:
+        assert prepare_data(paths, "byte", None, set(), None).manifest["documents"] == 2
+    with as_paths([corpus]) as paths:
+        assert prepare_data(paths, "byte", None, set(), None).folder == corpus
+    with as_paths(str(corpus)) as path:
+        assert path == corpus
+
+
+def test_quiet_is_quiet_after_ctrl_c(monkeypatch, capfd):
+    class NoLaunch(contextlib.nullcontext):
+        obey = __enter__ = lambda self, plan=None: self
+
+    monkeypatch.setattr(api, "Launch", NoLaunch)
+    monkeypatch.setattr(api, "attend", lambda *_, **__: (130, "saved"))
+    monkeypatch.setattr(api.session, "make_plan", lambda *_, **__: (Plan(Path("run"), None, None), None))
+    with pytest.raises(KeyboardInterrupt, match="saved"):
+        cs.train(quiet=True)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (5, "data is 5, of type int: give a path"),
+        (b"text", "of type bytes"),
+        ({"text": "a"}, "of type dict"),
+        ([], r"data is \[\], which holds nothing"),
+        ([1], r"data\[0\] is 1, of type int: give a path"),
+        (["a", Path("b")], r"data\[1\] is .*, of type PosixPath, where data\[0\] is a str"),
+        ([Path("b"), "a"], r"data\[1\] is 'a', of type str, where data\[0\] is a Path"),
+        (["ok", "\ud800"], r"data\[1\] is .* half a surrogate pair"),
+        ([__file__], r"a str in a list is the text itself\. Give Path\("),
+    ],
+)
+def test_what_is_no_text_is_refused_in_words(data, message):
+    with pytest.raises(InputError, match=message), as_paths(data):
+        pass
+
+
+def test_a_path_of_another_type_is_refused_in_words(tmp_path):
+    for call, name in (
+        (lambda: cs.load(5), "run is 5"), (lambda: cs.Run(None), "run is None"), (lambda: cs.evaluate(5), "run is 5"),
+        (lambda: cs.train(run=5), "run is 5"), (lambda: cs.train(config=["a"]), r"config is \['a'\]"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=name):
+            call()
+
+
 def test_bad_input_and_failures_are_exceptions(corpus, tmp_path):  # noqa: F811
     with pytest.raises(InputError, match="no option 'step': did you mean 'steps'"):
         cs.train(corpus, step=3)
@@ -128,6 +214,32 @@ def test_logits_are_those_of_the_naive_model(model):
     # one layer in float32 after the training: as tests/check.py says
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     assert (model.logits(np.array(ids, np.uint16)) == logits).all()
+
+
+def test_a_batch_has_the_logits_of_each_sequence_alone(model, rng):
+    ids = rng.integers(0, 257, (70, 7))
+    logits = model.logits(ids)
+    assert logits.shape == (70, 7, 257)
+    assert all((logits[n] == model.logits(ids[n])).all() for n in (0, 41, 69))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_hidden_states_are_those_of_the_naive_model_by_layer(bias, rng):
+    shape = replace(SHAPE, vocab_size=257, layers=3, bias=bias)
+    model = cs.Model(shape, ByteTokenizer(), weights(shape))
+    ids = rng.integers(0, model.shape.vocab_size, (3, model.shape.block_size))
+    states = model.hidden_states(ids)
+    expected = naive_hidden_states(model.shape, model.parameters, ids)
+    assert states.shape == expected.shape == (model.shape.layers + 1, 3, model.shape.block_size, model.shape.width)
+    for state, naive in zip(states, expected, strict=True):  # float32, a few layers: as tests/check.py says
+        assert np.abs(state - naive).max() <= 1e-5 * np.abs(naive).max()
+    assert (model.hidden_states(ids[1]) == states[:, 1]).all()
+
+
+def test_ids_become_the_text_that_they_were(model):
+    text = "Ein Ball, 3 Bälle – ein Kern.\n" * 9  # longer than the block
+    assert model.decode(model.encode(text)) == text and model.decode(np.array(model.encode("a"))) == "a"
+    assert model.decode([]) == "" and model.decode([97, model.tokenizer.eot, 0xE4]) == "a\ufffd"
 
 
 @pytest.mark.parametrize("length", [8, 3])
@@ -176,9 +288,13 @@ def test_text_is_a_function_of_the_seed(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.logits([]), "Expected whole numbers with 1 dimension"),
-        (lambda m: m.logits([0.5]), "got float64"),
-        (lambda m: m.logits([[1]]), r"shape \(1, 1\)"),
+        (lambda m: m.logits([]), r"nothing to compute: the ids have shape \(0,\)"),
+        (lambda m: m.logits([0.5]), "Expected whole numbers with 1 or 2 dimension.* got float64"),
+        (lambda m: m.logits([[[1]]]), r"shape \(1, 1, 1\)"),
+        (lambda m: m.logits([[1, 2], [1]]), "rows of different lengths"),
+        (lambda m: m.hidden_states([257]), "Ids go from 257"),
+        (lambda m: m.decode("abc"), "Expected whole numbers with 1 dimension"),
+        (lambda m: m.decode([1, 257]), "Ids go from 1 to 257"),
         (lambda m: m.logits(range(9)), "9 tokens are more than the model's block of 8"),
         (lambda m: m.logits([257]), "Ids go from 257 to 257; the vocabulary is 0 to 256"),
         (lambda m: m.logits([-1]), "Ids go from -1"),

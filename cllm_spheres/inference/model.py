@@ -20,8 +20,9 @@ from cllm_spheres.checkpoint.saved_model import open_run
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.options import check_prompt, is_whole, options_of
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
-from cllm_spheres.model.geometry import geometry, new_arena, sequences_at_a_time
+from cllm_spheres.model.geometry import LAYER_FLOATS, LNF, X, geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.text.handed import as_folder
 from cllm_spheres.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # their kernels are compiled when they are imported: by whoever writes, not by whoever trains
@@ -59,9 +60,38 @@ class Model:
         return MappingProxyType(self.layout.views(self.params_P))
 
     def logits(self, ids: Ids) -> np.ndarray:
-        """float32 [T, V]: what each of T tokens says about the one that follows it. InputError for bad ids."""
-        ids_T = self._checked(ids, 1)
-        return self._logits(ids_T, 0)
+        """float32 [T, V]: what each of T tokens says about the one that follows it; [B, T, V] for [B, T] ids.
+
+        A sequence has the same bits alone and in a batch. InputError for bad ids.
+        """
+        ids = self._checked(ids, 1, 2)
+        rows = [self._logits(ids_T, 0) for ids_T in ids.reshape(-1, ids.shape[-1])]
+        return rows[0] if ids.ndim == 1 else np.stack(rows)
+
+    def hidden_states(self, ids: Ids) -> np.ndarray:
+        """float32 [layers + 1, T, C], or [layers + 1, B, T, C] for [B, T] ids: the residual stream of C channels.
+
+        The first is the sum of token and position embeddings, number n the output of layer n, and the last the output
+        of the last layer after the final norm, which the head multiplies by wte.weight: as transformers'
+        `output_hidden_states`. InputError for bad ids.
+        """
+        from cllm_spheres.model.gpt import forward
+
+        ids = self._checked(ids, 1, 2)
+        count, length = ids.reshape(-1, ids.shape[-1]).shape
+        size = length * self.shape.width
+        card = self._geometry.array
+        places = [int(layer * card[LAYER_FLOATS] + card[X]) for layer in range(self.shape.layers)]
+        places.append(int(card[LNF]))
+        states = np.empty((len(places), count, length, self.shape.width), np.float32)
+        for number, ids_T in enumerate(ids.reshape(count, length)):
+            forward.call(
+                card.ctypes.data, self.params_P.ctypes.data, self._arena.ctypes.data, ids_T.ctypes.data, length, length,
+                0, 0, self._progress.ctypes.data,
+            )  # fmt: skip
+            for layer, place in enumerate(places):
+                states[layer, number].reshape(-1)[:] = self._arena[place : place + size]
+        return states.reshape(len(places), *ids.shape, self.shape.width)
 
     def loss_and_gradients(self, inputs: Ids, targets: Ids) -> tuple[float, dict[str, np.ndarray]]:
         """Mean loss in nats a token of [B, T] ids, and its gradient: parameter names -> float32 arrays."""
@@ -156,6 +186,10 @@ class Model:
             raise InputError(f"The prompt {shown(prompt)} is not Unicode: it holds half a surrogate pair.")
         return self.tokenizer.encode(prompt) or [self.tokenizer.eot]
 
+    def decode(self, ids: Ids) -> str:
+        """The text of ids, of any number. An end of text becomes nothing, bytes that are not UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(self._whole_numbers(ids, 1).tolist())
+
     def _ids_of(self, number: int, prompts: Sequence[str]) -> list[int]:
         """The ids of one of many prompts; an InputError says which one."""
         try:
@@ -191,20 +225,29 @@ class Model:
         )  # fmt: skip
         return logits
 
-    def _checked(self, ids: Ids, dimensions: int) -> np.ndarray:
+    def _checked(self, ids: Ids, *dimensions: int) -> np.ndarray:
         """int32, contiguous; InputError where the kernels would read or write outside."""
-        array = np.asarray(ids)
-        if array.ndim != dimensions or array.size == 0 or array.dtype.kind not in "iu":
-            raise InputError(
-                f"Expected whole numbers with {dimensions} dimension(s), got {array.dtype} of shape {array.shape}."
-            )
+        array = self._whole_numbers(ids, *dimensions)
+        if array.size == 0:
+            raise InputError(f"There is nothing to compute: the ids have shape {array.shape}.")
         if array.shape[-1] > self.shape.block_size:
             raise InputError(f"{array.shape[-1]} tokens are more than the model's block of {self.shape.block_size}.")
-        if array.min() < 0 or array.max() >= self.shape.vocab_size:
+        return np.ascontiguousarray(array, np.int32)
+
+    def _whole_numbers(self, ids: Ids, *dimensions: int) -> np.ndarray:
+        """Ids of the vocabulary with one of these numbers of dimensions, else InputError."""
+        expected = f"Expected whole numbers with {' or '.join(map(str, dimensions))} dimension(s)"
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # numpy's word for rows of different lengths
+            raise InputError(f"{expected}, got rows of different lengths: give each on its own, or pad them.") from None
+        if array.ndim not in dimensions or (array.size and array.dtype.kind not in "iu"):
+            raise InputError(f"{expected}, got {array.dtype} of shape {array.shape}.")
+        if array.size and (array.min() < 0 or array.max() >= self.shape.vocab_size):
             raise InputError(
                 f"Ids go from {array.min()} to {array.max()}; the vocabulary is 0 to {self.shape.vocab_size - 1}."
             )
-        return np.ascontiguousarray(array, np.int32)
+        return array
 
 
 def _compile() -> None:
@@ -220,7 +263,7 @@ def _compile() -> None:
 
 def load(run: str | Path, checkpoint: str | int | None = None) -> Model:
     """The model of a run: its best checkpoint, or "last", or a step. InputError where there is none."""
-    saved, shape, tokenizer = open_run(Path(run), checkpoint)
+    saved, shape, tokenizer = open_run(as_folder(run), checkpoint)
     return Model(shape, tokenizer, saved.model)
 
 

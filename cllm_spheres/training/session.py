@@ -25,10 +25,11 @@ from cllm_spheres.training.plan import check_shape, places, resolve
 from cllm_spheres.training.start import check_start
 
 Progress = Callable[[str, float, float], None]
+Data = Path | list[Path] | None  # a prepared folder, raw text, several paths of raw text, or the embedded corpus
 
 
 def make_plan(
-    data: Path | None,
+    data: Data,
     options: dict[str, Any],
     *,
     run: Path | None = None,
@@ -91,7 +92,7 @@ def _as_given(options: dict[str, Any], file: Path | None) -> dict[str, Any]:
 
 
 def new_run(
-    data: Path | None,
+    data: Data,
     options: dict[str, Any],
     *,
     run: Path | None,
@@ -119,7 +120,7 @@ def new_run(
     run = run or folder.new_name(config.preset)
     folder.check_new(run)
     text = minimal_text() if data is None and config.preset == "minimal" else data
-    if text is not None:
+    if isinstance(text, Path):
         folder.check_name(text)
     tokenizer = source.tokenizer_json if source else None
     prepared = prepare_data(text, config.tokenizer, config.vocab_size, given, progress, tokenizer)
@@ -133,14 +134,14 @@ def new_run(
 
 
 def prepare_data(
-    source: Path | None,
+    source: Data,
     tokenizer: str,
     vocab_size: int | None,
     given: set[str],
     progress: Progress | None,
     tokenizer_json: bytes | None = None,
 ) -> Prepared:
-    """The prepared form of a folder, of raw text, or (None) of the embedded corpus, every byte verified.
+    """The prepared form of `source`, every byte verified.
 
     tokenizer_json: the tokenizer to prepare with, instead of one made from the text. InputError where options that
     were given, or that tokenizer, contradict a prepared folder.
@@ -148,7 +149,7 @@ def prepare_data(
     own_vocab = "vocab_size" in given
     wanted = vocab_size if own_vocab or tokenizer in ("bpe", "word") else None
     prepared = prepare_cached(
-        None if source is None else [source], tokenizer, wanted, exact=own_vocab, progress=progress,
+        [source] if isinstance(source, Path) else source, tokenizer, wanted, exact=own_vocab, progress=progress,
         given=tokenizer_json,
     )  # fmt: skip
     if tokenizer_json is not None and not _same(tokenizer_json, prepared.folder / "tokenizer.json"):
@@ -169,7 +170,7 @@ def prepare_data(
 
 
 def resumed_run(
-    run: Path, given: dict[str, Any], *, data: Path | None, exact: bool = False, progress: Progress | None = None
+    run: Path, given: dict[str, Any], *, data: Data, exact: bool = False, progress: Progress | None = None
 ) -> tuple[Plan, str | None]:
     """The plan of a run that goes on, and, where it is finished already, a sentence that says so.
 
@@ -181,7 +182,7 @@ def resumed_run(
     if data is None and where["data"] and (is_prepared(Path(where["data"])) or text is None):
         data = Path(where["data"])
     source = data or (Path(text) if text else None)
-    tokenizer = None if source and is_prepared(source) else tokenizer_of(run, where)
+    tokenizer = None if isinstance(source, Path) and is_prepared(source) else tokenizer_of(run, where)
     prepared = prepare_data(source, config.tokenizer, config.vocab_size, set(), progress, tokenizer)
     plan, finished = folder.plan_resume(run, config, where, given, prepared)
     return replace(plan, exact=exact), finished
@@ -214,8 +215,8 @@ def _same(tokenizer_json: bytes, path: Path) -> bool:
         return False
 
 
-def _raw(source: Path | None) -> str | None:
-    """How config.toml names raw text; None for a folder that was prepared by the user."""
+def _raw(source: Data) -> str | None:
+    """How config.toml names raw text; None for a folder that was prepared by the user, and for several paths."""
     if source is None:
         return ""
-    return None if is_prepared(source) else str(source.resolve())
+    return None if isinstance(source, list) or is_prepared(source) else str(source.resolve())
