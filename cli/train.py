@@ -21,7 +21,7 @@ PANELS = {
     "Optimizer": (
         "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2", "weight_decay", "clip", "on_nonfinite",
     ),
-    "Evaluation and checkpoints": ("eval_every", "eval_tokens", "save_every", "keep"),
+    "Evaluation and checkpoints": ("eval_every", "eval_tokens", "early_stop", "save_every", "keep"),
 }  # fmt: skip
 
 

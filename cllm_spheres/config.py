@@ -21,6 +21,7 @@ MAX_STEPS = 10**9
 MAX_NEIGHBOURS = 4096  # each costs time in every row of the head
 MAX_WEIGHT = 1e6
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 1000, 2**16, 2**20  # far above what trains on a CPU; sizes of them fit 64 bits
+OFF_AT_0 = ("clip", "early_stop")  # in a file and on the command line, where there is no None
 MOST_LINES = 8  # of one message
 MAX_TOML_BYTES = 1 << 20  # a real one has about 5,000
 # Of a run's own config.toml: what it was trained on, and the model that it began from.
@@ -149,6 +150,13 @@ class Config(BaseModel):
     stop_at: int | None = Field(
         None, ge=1, le=MAX_STEPS, description="Save and end after this step; the schedule stays."
     )
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Save and end when the validation loss has not improved for so many evaluations of --eval-every in "
+        "a row; 0 is off. Default: off.",
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="What a NaN or infinite gradient does: stop the run, or skip the step.",
@@ -209,8 +217,9 @@ def merge(given: dict[str, Any], file: Path | None = None) -> tuple[Config, set[
 def build(values: dict[str, Any]) -> Config:
     """Validated Config; a pydantic error becomes one InputError line an option."""
     values = dict(values)
-    if values.get("clip") in (0, "none"):
-        values["clip"] = None
+    for key in OFF_AT_0:
+        if values.get(key) in (0, "none"):
+            values[key] = None
     try:
         return Config(**values)
     except ValidationError as error:
@@ -260,7 +269,7 @@ def to_toml(config: Config, extra: dict[str, Any] | None = None) -> str:
     for key, field in Config.model_fields.items():
         value = getattr(config, key)
         if value is None:
-            lines += ["", f"# {field.description}", "clip = 0" if key == "clip" else f"# {key} is off"]
+            lines += ["", f"# {field.description}", f"{key} = 0" if key in OFF_AT_0 else f"# {key} is off"]
         else:
             lines += ["", f"# {field.description}", f"{key} = {_toml(value)}"]
     return "\n".join(lines) + "\n"

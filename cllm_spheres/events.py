@@ -51,7 +51,7 @@ EVENTS = (
     "unfired",  # faults on purpose that did not happen
     "stopping",  # signal
     "failed",  # error
-    "end",  # reason: "done", "stop_at", "signal"; path of the last checkpoint
+    "end",  # reason: "done", "early_stop", "stop_at", "signal"; path of the last checkpoint
 )
 
 

@@ -195,7 +195,7 @@ def documented_events():
     own = section(ROOT / "docs/operations.md", "## metrics.jsonl").split("Some have fields of their own")[1]
     events = {bare(name): set(re.findall(r"`(\w+)`", fields)) for name, _, fields in rows(own)}
     events["resume"] = events["resume"] - {"start"} | events["start"]
-    events["end"] -= {"done", "stop_at", "signal"}  # values of `reason`
+    events["end"] -= {"done", "early_stop", "stop_at", "signal"}  # values of `reason`
     return events
 
 

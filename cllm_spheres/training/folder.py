@@ -28,6 +28,7 @@ from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, check_shape, shape_of
 from cllm_spheres.training.soft_targets import check_loss
 from cllm_spheres.training.start import check_start
+from cllm_spheres.units import plural
 
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
@@ -37,7 +38,7 @@ DECIDED = (
     "vocab_size", "steps", "spheres", "batch_size", "seed", "workers", "ff_width", "warmup", "min_lr", "eval_every",
     "eval_tokens", "save_every",
 )  # fmt: skip
-MAY_CHANGE = ("workers", "steps", "stop_at")  # on a resume, without changing what the run is
+MAY_CHANGE = ("workers", "steps", "stop_at", "early_stop")  # on a resume, without changing what the run is
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Plan:
     @property
     def changes(self) -> dict[str, Any]:
         """What a resume may have changed of config.toml."""
-        return {"workers": self.config.workers, "steps": self.config.steps, "warmup": self.config.warmup}
+        return {key: getattr(self.config, key) for key in ("workers", "steps", "warmup", "early_stop")}
 
 
 def new_name(preset: str | None) -> Path:
@@ -214,6 +215,7 @@ def plan_resume(
             " Set it back, or begin a new run."
         )
     steps, stop_at, workers = given.get("steps"), given.get("stop_at"), given.get("workers")
+    early_stop = given.get("early_stop", config.early_stop)
     reached = max(Store(run).steps(), default=0)
     if steps is not None and steps < reached:
         raise InputError(f"--steps {steps} is before step {reached}, which {run} has reached. Give {reached} or more.")
@@ -224,11 +226,19 @@ def plan_resume(
     horizon = steps or config.steps
     assert horizon is not None
     finished = None
-    if reached >= horizon and _evaluated(run, reached) and _whole(run, reached):
+    stale = _evaluated(run, reached)
+    if reached >= horizon and stale is not None and _whole(run, reached):
         finished = f"{run} is finished: step {reached} of {horizon}. Go on with --steps {2 * reached}."
+    elif early_stop is not None and stale is not None and stale >= early_stop and _whole(run, reached):
+        finished = (
+            f"{run} was stopped early at step {reached} of {horizon}: its validation loss has not improved for"
+            f" {plural(stale, 'evaluation')}, and --early-stop is {early_stop}. Go on with --early-stop {2 * stale}, or"
+            " with --early-stop 0 to the end."
+        )
     elif stop_at is not None and stop_at <= reached:
         finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
     update = {key: value for key, value in (("workers", workers), ("steps", steps)) if value is not None}
+    update["early_stop"] = early_stop
     if config.warmup is not None and config.warmup >= horizon:
         update["warmup"] = horizon // 10
     config = build(config.model_dump() | update)
@@ -248,13 +258,18 @@ def _whole(run: Path, step: int) -> bool:
     return True
 
 
-def _evaluated(run: Path, step: int) -> bool:
-    """Whether the checkpoint of a step came after its evaluation: a signal may have come between them."""
+def _evaluated(run: Path, step: int) -> int | None:
+    """Of the checkpoint of a step: how many evaluations in a row had not improved the validation loss.
+
+    None where it came before its step's evaluation: a signal may have come between them.
+    """
     path = Store(run).path(step)
     try:
-        return parse(path, STATE, read_bytes(path, STATE, STATE_BYTES)).get("evaluated") == step
+        state = parse(path, STATE, read_bytes(path, STATE, STATE_BYTES))
     except Damaged:
-        return False
+        return None
+    stale = state.get("stale", state.get("worse"))
+    return stale if state.get("evaluated") == step and type(stale) is int else None
 
 
 def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
@@ -289,6 +304,8 @@ def _check_contents(checkpoint: Checkpoint, config: Config) -> None:
             raise Damaged(checkpoint.path, f"{STATE} has {key} {shown(state.get(key))}")
     if state["step"] != checkpoint.step:
         raise Damaged(checkpoint.path, f"{STATE} is of step {state['step']}")
+    if type(state.get("stale", 0)) is not int or not isinstance(state.get("regular_best"), float | None):
+        raise Damaged(checkpoint.path, f"{STATE} has no number as stale or regular_best")
     if not isinstance(state.get("best_loss"), float | None) or not isinstance(state.get("fingerprint"), dict):
         raise Damaged(checkpoint.path, f"{STATE} has no best_loss or no fingerprint")
     kinds = ("moments", "squares") if config.optimizer == "adamw" else ("moments",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +39,15 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0  # evaluations since the best
+    # The same over the evaluations of --eval-every alone: where a run was stopped and evaluated in between, it must not
+    # end earlier or later than without.
+    regular_best: float | None = None
+    stale: int = 0
+
+    def note(self, val_loss: float) -> None:
+        """An evaluation of --eval-every."""
+        improved = math.isfinite(val_loss) and (self.regular_best is None or val_loss < self.regular_best)
+        self.regular_best, self.stale = (val_loss, 0) if improved else (self.regular_best, self.stale + 1)
 
 
 class Keeper:
@@ -161,8 +171,9 @@ class Keeper:
                 checkpoint.step, differences=changed,
             )  # fmt: skip
         progress = Progress(
-            checkpoint.step, state["evaluated"], checkpoint.step, state["best_loss"], state["best_step"], state["worse"]
-        )
+            checkpoint.step, state["evaluated"], checkpoint.step, state["best_loss"], state["best_step"], state["worse"],
+            state.get("regular_best", state["best_loss"]), state.get("stale", state["worse"]),
+        )  # fmt: skip
         return progress, state["applied"]
 
     def _buffers(self) -> dict[str, np.ndarray]:

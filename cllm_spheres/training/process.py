@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import Interrupted, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
+from cllm_spheres.units import plural
 
 if TYPE_CHECKING:
     from cllm_spheres.checkpoint.checkpoint import Checkpoint
@@ -93,8 +94,12 @@ def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> di
             trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)
         return {"code": error.exit_code, "message": message}
     path = store.path(trainer.step)
-    trainer.metrics.event("end", f"Ended at step {trainer.step:,}: {run}", trainer.step, reason=reason, path=str(path))
-    return {"code": 0, "message": f"Ended at step {trainer.step:,}. The run is in {run}"}
+    ended = f"Ended at step {trainer.step:,}"
+    if reason == "early_stop":
+        evaluations = plural(trainer.progress.stale, "evaluation")
+        ended = f"Stopped early at step {trainer.step:,}: no better validation loss for {evaluations}"
+    trainer.metrics.event("end", f"{ended}: {run}", trainer.step, reason=reason, path=str(path))
+    return {"code": 0, "message": f"{ended}. The run is in {run}"}
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ class Trainer:
     # ---- the run
 
     def train(self, checkpoint: Checkpoint | None, *, exact: bool = False) -> str:
-        """From the checkpoint, or from the start, to the end; returns the reason it ended: done or stop_at.
+        """From the checkpoint, or from the start, to the end; returns the reason it ended: done, early_stop or stop_at.
 
         Raises Interrupted after a signal, NonFinite, SphereLost or another RunFailed.
         """
@@ -112,7 +112,13 @@ class Trainer:
         self.keeper.finish()
         if left := self.node_zero.faults.left:
             self.metrics.event("unfired", f"These faults did not happen: {', '.join(left)}.", self.step, faults=left)
-        return "done" if self.step >= self.steps else "stop_at"
+        if self.step >= self.steps:
+            return "done"
+        return "early_stop" if self._stops_early() else "stop_at"
+
+    def _stops_early(self) -> bool:
+        """A function of the evaluations alone, which a checkpoint holds: the same after a resume."""
+        return self.config.early_stop is not None and self.progress.stale >= self.config.early_stop
 
     def _save_what_is_whole(self, error: BaseException) -> None:
         """The run fails: end the workers, and save the last step that is whole, where that can be."""
@@ -264,6 +270,8 @@ class Trainer:
         better = False
         if self.progress.evaluated != self.step and (self.step % self.eval_every == 0 or ends):
             better = self._evaluate()
+        if self._stops_early():
+            ends, self.last = True, self.step
         due = self.progress.saved != self.step and (ends or self.step % self.save_every == 0)
         if better or (self.step and due):
             self.keeper.save(self.progress, better, last=ends)
@@ -291,6 +299,8 @@ class Trainer:
         })  # fmt: skip
         progress = self.progress
         progress.evaluated = self.step
+        if self.step % self.eval_every == 0:
+            progress.note(result.val_loss)
         if progress.best_loss is None or result.val_loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = result.val_loss, self.step, 0
             return self.step > 0 or self._begins_trained

@@ -119,7 +119,7 @@ def test_every_preset_resolves_and_leaves_nothing_open(resolve):
     for preset in PRESETS:
         config = resolve(2, preset=preset)
         left = {name for name, value in config.model_dump().items() if value is None}
-        assert left <= {"epochs", "stop_at"} | DEFAULTS.keys()  # a plain loss has no soft targets
+        assert left <= {"epochs", "stop_at", "early_stop"} | DEFAULTS.keys()  # a plain loss has no soft targets
         assert config.vocab_size == 257 and config.min_lr == config.lr / 10
         assert config.warmup == min(100, config.steps // 10)
 

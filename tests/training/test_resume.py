@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 
 import pytest
@@ -11,6 +12,7 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import session
+from cllm_spheres.training.keeper import Progress
 from cllm_spheres.training.schedule import learning_rate
 from tests.runs import TINY, resume, text, train_whole
 
@@ -107,6 +109,35 @@ def test_stop_at_saves_and_ends_without_touching_the_schedule(corpus, tmp_path):
     assert resumed.of("step")[-1]["step"] == 20
     assert [r["lr"] for r in resumed.of("step")] == [learning_rate(n, stopped.config) for n in range(1, 21)]
     assert resumed.of("event")[-1]["reason"] == "done"
+
+
+def test_a_run_stops_early_at_the_same_step_after_interruptions(corpus, tmp_path):
+    # so small a rate changes no weight: no evaluation after the first is better
+    options = dict(steps=40, eval_every=3, save_every=40, lr=1e-30, early_stop=3)
+    straight = train_whole(corpus, tmp_path / "straight", **options)
+    assert straight.event("end")["reason"] == "early_stop" and straight.of("step")[-1]["step"] == 9
+    assert "Stopped early at step 9: no better validation loss for 3 evaluations" in straight.message
+    run = train_whole(corpus, tmp_path / "run", **options, stop_at=4).run  # evaluated at 4 too, which does not count
+    resumed = resume(run)
+    assert resumed.evaluations[-1][0] == resumed.of("step")[-1]["step"] == 9 and resumed.files == straight.files
+
+    _, finished = session.resumed_run(run, {}, data=None)
+    assert (
+        "was stopped early at step 9 of 40" in finished and "--early-stop is 3. Go on with --early-stop 6" in finished
+    )
+    plan, finished = session.resumed_run(run, {"early_stop": None, "stop_at": 11}, data=None)
+    assert finished is None and plan.config.early_stop is None
+    longer = resume(run, early_stop=4)
+    assert longer.of("step")[-1]["step"] == 12 and longer.config.early_stop == 4
+
+
+def test_only_better_evaluations_keep_a_run_going():
+    progress = Progress()
+    for val_loss in (math.nan, 3.0, 2.0, 2.0, math.nan, 2.5):
+        progress.note(val_loss)
+    assert (progress.regular_best, progress.stale) == (2.0, 3)
+    progress.note(1.5)
+    assert (progress.regular_best, progress.stale) == (1.5, 0)
 
 
 def test_new_steps_on_a_resume_replan_the_schedule_as_an_event(corpus, tmp_path):
