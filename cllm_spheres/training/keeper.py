@@ -171,8 +171,8 @@ class Keeper:
                 checkpoint.step, differences=changed,
             )  # fmt: skip
         progress = Progress(
-            checkpoint.step, state["evaluated"], checkpoint.step, state["best_loss"], state["best_step"], state["worse"],
-            state.get("regular_best", state["best_loss"]), state.get("stale", state["worse"]),
+            checkpoint.step, state["evaluated"], checkpoint.step, state["best_loss"], state["best_step"],
+            state["worse"], state.get("regular_best", state["best_loss"]), state.get("stale", state["worse"]),
         )  # fmt: skip
         return progress, state["applied"]
 
