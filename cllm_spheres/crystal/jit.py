@@ -2,7 +2,8 @@
 
 numba's cache looks only at the file of the outer function: a change in an imported helper would run old code.
 So the folder's name is a hash of every source file that may be compiled, of the versions of numba and llvmlite
-of the CPU's features and of the backends chosen: whatever changes bits changes the folder.
+of the CPU's features and of the backends chosen: whatever changes bits changes the folder. Inside it a function is
+found by the name of its module, so that every copy of the package on a machine finds what one of them has compiled.
 
 Flags. `contract` (fused multiply-add) is allowed everywhere, `reassoc` only in `reduction`s over a length that
 the caller fixes. Never `nnan` or `ninf`: with them NaN tests are deleted. `error_model="numpy"` removes the
@@ -11,11 +12,13 @@ divide-by-zero check that stops vectorisation.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,11 @@ import llvmlite.ir as ir
 import numba
 import numpy as np
 from numba import types
+from numba.core import caching, sigutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from cllm_spheres import caches
 from cllm_spheres.crystal import cpu
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -37,7 +43,9 @@ COMPILED = (
     "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py",
     "spheres/firing.py", "spheres/memory.py", "spheres/phases.py", "text/batches.py",
 )  # fmt: skip
-OPTIONS: dict[str, Any] = dict(cache=True, error_model="numpy", boundscheck=False)
+OPTIONS: dict[str, Any] = dict(error_model="numpy", boundscheck=False)
+COMPILING = "Compiling kernels, once on this machine: up to half a minute."
+TELL_AFTER_S = 3.0  # without a compilation the next one is told of again
 
 
 def source_hash() -> str:
@@ -62,15 +70,12 @@ def _cache_folder() -> Path:
         str(cpu.bf16_backend()),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for root in (Path(base) / "cllm-spheres", Path(tempfile.gettempdir()) / f"cllm-spheres-{os.getuid()}"):
+    if (root := caches.folder()) is not None:
         folder = root / "kernels" / name
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
                 return folder
-        except OSError:
-            continue
     return Path(tempfile.mkdtemp(prefix="cllm-spheres-"))
 
 
@@ -87,28 +92,84 @@ def mark_warm(what: str) -> None:
     (CACHE_FOLDER / f"complete-{what}").touch()
 
 
-def _decorate(decorator: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Any], Any]:
-    """`decorator` with our cache folder, leaving the user's own numba configuration as it was."""
+def say_on_stderr(text: str) -> None:
+    """For people at a terminal or in a notebook."""
+    print(text, file=sys.stderr, flush=True)
 
-    def apply(function: Any) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(CACHE_FOLDER)
-        try:
-            return decorator(*arguments, **options)(function)
-        finally:
-            numba.config.CACHE_DIR = before
 
-    return apply
+announce: Callable[[str], None] = say_on_stderr  # told that this process compiles; a process may put its own here
+_last_compiled = float("-inf")
+
+
+class _Locator(caching._CacheLocator):
+    """Where numba keeps the machine code of a function.
+
+    That of a function of this package is found by its module's name, whatever the path and the times of its file: the
+    folder knows the sources. Other functions, of tests and benchmarks, are found by path and contents of their file.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._py_file, self._lineno = inspect.getfile(function), function.__code__.co_firstlineno
+        self._source = Path(self._py_file).resolve()
+        self._ours = self._source.is_relative_to(PACKAGE)
+
+    def get_cache_path(self) -> str:
+        if not self._ours:
+            return str(CACHE_FOLDER / self.get_suitable_cache_subpath(self._py_file))
+        return str(CACHE_FOLDER / ".".join(self._source.relative_to(PACKAGE).with_suffix("").parts))
+
+    def get_source_stamp(self) -> str:
+        return "" if self._ours else hashlib.sha256(self._source.read_bytes()).hexdigest()
+
+    def get_disambiguator(self) -> str:
+        return str(self._lineno)
+
+
+class _Files(caching.CompileResultCacheImpl):
+    """numba's files, with our locator."""
+
+    def __init__(self, function: Any) -> None:
+        self._lineno, self._locator = function.__code__.co_firstlineno, _Locator(function)
+        name = f"{Path(inspect.getfile(function)).stem}.{function.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
+
+
+class _Cache(caching.FunctionCache):
+    """numba's cache of a function, which says so before it has to compile."""
+
+    _impl_class = _Files
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        found = super().load_overload(signature, target_context)
+        if found is None and time.monotonic() - _last_compiled > TELL_AFTER_S:
+            announce(COMPILING)
+            _compiled()
+        return found
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        super().save_overload(signature, data)
+        _compiled()
+
+
+def _compiled() -> None:
+    global _last_compiled
+    _last_compiled = time.monotonic()
+
+
+def _jit(function: Any, **options: Any) -> Any:
+    dispatcher = numba.njit(**OPTIONS, **options)(function)
+    dispatcher._cache = _Cache(function)
+    return dispatcher
 
 
 def kernel(function: Any) -> Any:
     """Jit with fused multiply-adds, without the GIL."""
-    return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract"})(function)
+    return _jit(function, nogil=True, fastmath={"contract"})
 
 
 def reduction(function: Any) -> Any:
     """Jit a sum over a fixed length: the compiler may order its terms to fill the vector lanes."""
-    return _decorate(numba.njit, **OPTIONS, nogil=True, fastmath={"contract", "reassoc"})(function)
+    return _jit(function, nogil=True, fastmath={"contract", "reassoc"})
 
 
 def element(function: Any) -> Any:
@@ -116,7 +177,7 @@ def element(function: Any) -> Any:
 
     So it has the same bits in a vector, alone, and in every kernel.
     """
-    return _decorate(numba.njit, **OPTIONS, nogil=True, forceinline=True)(function)
+    return _jit(function, nogil=True, forceinline=True)
 
 
 def at_address(signature: Any) -> Any:
@@ -147,7 +208,10 @@ class Entry:
     """
 
     def __init__(self, function: Any, signature: Any) -> None:
-        compiled = _decorate(numba.cfunc, signature, **OPTIONS, fastmath={"contract"})(function)
+        options = OPTIONS | {"fastmath": {"contract"}}
+        compiled = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        compiled._cache = _Cache(function)
+        compiled.compile()
         symbol = f"cllm_spheres_{function.__name__}"
         llvm.add_symbol(symbol, compiled.address)
         self._keep = compiled

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
+from cllm_spheres.crystal import jit
 from cllm_spheres.doctor.finding import Answer, look
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.server import PACKET_BYTES, Server, die_with
@@ -61,6 +62,7 @@ def main() -> None:
     die_with(int(sys.argv[2]))
     connection = socket.socket(fileno=int(sys.argv[1]))
     server = Server(connection)
+    jit.announce = lambda text: server.say(status=text)
     job = Job.from_dict(json.loads(connection.recv(PACKET_BYTES)))
     for name, examine in checks(server, job):
         server.say(looking=name)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cllm_spheres import limits
+from cllm_spheres import caches, limits
 from cllm_spheres.config import Config, merge
 from cllm_spheres.doctor.finding import Answer
 from cllm_spheres.errors import InputError
@@ -17,7 +17,6 @@ from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
-from cllm_spheres.text.prepared import cache_folder
 from cllm_spheres.training import start
 from cllm_spheres.training.plan import EVAL_BATCHES, check_shape, memory_bytes, places, shape_of
 from cllm_spheres.units import size
@@ -125,14 +124,28 @@ def look_at_temporary_folder() -> Answer:
 
 def look_at_text_cache() -> Answer:
     """Where text that `train` prepares by itself is kept."""
-    folder = cache_folder()
-    if reason := limits.unwritable(limits.existing(folder)):
+    top = caches.folder()
+    if top is None:
         return (
-            "note", f"{folder} cannot be written: {reason}",
-            "Raw text cannot be trained on: prepare it into a folder first (cllm-spheres prepare), or let"
-            " XDG_CACHE_HOME name a folder that you may write to.",
+            "bad", f"prepared text cannot be kept: {caches.problem(caches.wanted())}",
+            "Let XDG_CACHE_HOME name a folder that you may write to. Or prepare the text into a folder of your own"
+            " (cllm-spheres prepare PATH --out DIR) and train on that.",
         )  # fmt: skip
-    return "ok", f"{folder} is writable, {size(limits.free_bytes(limits.existing(folder)))} free"
+    folder = top / "prepared"
+    place = limits.existing(folder)
+    if reason := limits.unwritable(place):
+        return "bad", f"{folder} cannot be written: {reason}", "Make it writable, or let XDG_CACHE_HOME name another."
+    return _lasting(top, f"{folder} is writable, {size(limits.free_bytes(place))} free")
+
+
+def _lasting(top: Path, found: str) -> Answer:
+    """The answer on a cache that can be used: to be noted where it is not the one that lasts."""
+    if top == caches.wanted():
+        return "ok", found
+    return (
+        "note", f"{found}; {caches.problem(caches.wanted())}",
+        "The temporary folder may be emptied: let XDG_CACHE_HOME name a folder that lasts and that you may write to.",
+    )  # fmt: skip
 
 
 def look_at_kernel_cache() -> Answer:
@@ -142,7 +155,8 @@ def look_at_kernel_cache() -> Answer:
     folder = jit.CACHE_FOLDER
     if folder.parent.name != "kernels":
         return (
-            "note", f"{folder} for this process alone: neither ~/.cache nor {tempfile.gettempdir()} can hold it",
+            "note", f"{folder} for this process alone: {caches.problem(caches.wanted())}, and"
+            f" {tempfile.gettempdir()} cannot keep them either",
             "Every start compiles for half a minute. Let XDG_CACHE_HOME name a folder that you may write to.",
         )  # fmt: skip
     try:
@@ -152,16 +166,10 @@ def look_at_kernel_cache() -> Answer:
         return "bad", f"nothing can be written into {folder}: {error.strerror}", advice
     own, all_of_them = _bytes_below(folder), _bytes_below(folder.parent)
     found = f"{folder} is writable and holds {size(own)}, {size(all_of_them)} with those of other versions"
-    if Path(tempfile.gettempdir()) in folder.parents and "XDG_CACHE_HOME" not in os.environ:
-        return (
-            "note",
-            found,
-            "~/.cache is not writable, and this one may be emptied: let XDG_CACHE_HOME name another.",
-        )
     free = limits.free_bytes(folder)
     if jit.is_cold("fp32") and free is not None and free < 20_000_000:
         return "bad", f"{found}; {size(free)} are free", "The compiled kernels take about 10 MB: free some space."
-    return "ok", found
+    return _lasting(folder.parent.parent, found)
 
 
 def _write_something(folder: Path) -> None:

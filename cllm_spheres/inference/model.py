@@ -7,7 +7,6 @@ B sequences, T tokens, V vocabulary, P parameters.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -167,7 +166,6 @@ class Model:
 
         tokens: None is 200, or what the block leaves.
         """
-        _compile()
         from cllm_spheres.inference.beam import beam_search
 
         return beam_search(
@@ -201,7 +199,6 @@ class Model:
 
     def new_writer(self, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> Writer:
         """A `Writer` of these weights as they are now; whoever takes it closes it."""
-        _compile()
         from cllm_spheres.inference.writer import Writer
 
         return Writer(self, slots, dtype=dtype, threads=threads)
@@ -248,17 +245,6 @@ class Model:
                 f"Ids go from {array.min()} to {array.max()}; the vocabulary is 0 to {self.shape.vocab_size - 1}."
             )
         return array
-
-
-def _compile() -> None:
-    """Have the kernels of writing; where that is the first time on this machine, say what takes so long."""
-    from cllm_spheres.crystal import jit
-
-    if jit.is_cold("writing"):
-        print("Compiling the kernels that write, once on this machine: about 20 seconds.", file=sys.stderr, flush=True)
-    import cllm_spheres.inference.writer  # noqa: F401
-
-    jit.mark_warm("writing")
 
 
 def load(run: str | Path, checkpoint: str | int | None = None) -> Model:

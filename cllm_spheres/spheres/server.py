@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 PACKET_BYTES = 1 << 16
+# What a second process compiles; it leaves the telling to the server.
+ENGINE = "from cllm_spheres.crystal import jit; jit.announce = lambda text: None; import cllm_spheres.spheres.engine"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,11 +65,11 @@ class Server:
             return
         from cllm_spheres.crystal import jit
 
+        before, jit.announce = jit.announce, lambda text: self.say(status=text)
         if jit.is_cold(dtype):
-            self.say(status="compiling the kernels, once on this machine: about half a minute")
             # The engine in a process of its own and the kernels in this one: what each compiles, the other finds.
             engine = subprocess.Popen(
-                [sys.executable, "-P", "-c", "import cllm_spheres.spheres.engine"],
+                [sys.executable, "-P", "-c", ENGINE],
                 preexec_fn=partial(die_with, os.getpid()),
             )  # fmt: skip
             from cllm_spheres.model import dtypes
@@ -81,6 +83,7 @@ class Server:
         worker.warm(Path(f"/proc/self/fd/{scratch}"), dtype)
         os.close(scratch)
         jit.mark_warm(dtype)
+        jit.announce = before
         gc.freeze()
         self.warmed.add(dtype)
         self.say(status="")

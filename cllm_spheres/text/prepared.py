@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from cllm_spheres import caches
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.text import folder as folders
 from cllm_spheres.text.tokenizer import KINDS, Tokenizer, load_tokenizer
@@ -238,6 +239,8 @@ def prepare_cached(
     if not files.paths:
         raise no_text(sources, files.skipped)
     cache = cache_folder()
+    if cache is None:
+        raise InputError(_no_cache(caches.problem(caches.wanted())))
     quick = cache / "keys" / _quick_key(files, settings)
     try:
         return Prepared.open(cache / quick.read_text())
@@ -254,9 +257,9 @@ def prepare_cached(
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(_no_cache(cache, error.strerror)) from None
+        raise InputError(_no_cache(f"{cache} cannot be made: {error.strerror}")) from None
     if not os.access(cache, os.W_OK | os.X_OK):
-        raise InputError(_no_cache(cache, "Permission denied"))
+        raise InputError(_no_cache(f"there is no permission to write in {cache}"))
     prepared = prepare_files(files, sources, target, settings, progress=progress, keep_existing=True)
     _remember(quick, name)
     return prepared
@@ -271,16 +274,17 @@ def _remember(quick: Path, name: str) -> None:
         temporary.replace(quick)
 
 
-def cache_folder() -> Path:
-    """Where prepared text is kept, below $XDG_CACHE_HOME or ~/.cache. Safe to delete."""
-    top = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(top) / "cllm-spheres" / "prepared"
+def cache_folder() -> Path | None:
+    """Where prepared text is kept: see `caches.folder`."""
+    top = caches.folder()
+    return None if top is None else top / "prepared"
 
 
-def _no_cache(cache: Path, why: str | None) -> str:
+def _no_cache(why: str | None) -> str:
     return (
-        f"Cannot write the cache {cache}: {why}. Prepare into a folder of your own with "
-        "`cllm-spheres prepare PATH --out DIR` and train on DIR, or set XDG_CACHE_HOME."
+        f"Prepared text cannot be kept: {why}. Prepare it into a folder of your own with"
+        " `cllm-spheres prepare PATH --out DIR` and train on DIR, or let XDG_CACHE_HOME name a folder that you may"
+        " write to."
     )
 
 

@@ -162,7 +162,7 @@ def _scored(
     node: NodeZero | None = None
     try:
         node = NodeZero(
-            job, lambda text: tell(f"{text[0].upper()}{text[1:]}.") if text else None, server=server,
+            job, lambda text: tell(text) if text else None, server=server,
             tell=lambda event, message, **facts: tell(message),
         )  # fmt: skip
         node.start()

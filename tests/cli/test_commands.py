@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -57,6 +59,14 @@ def test_help_names_every_command_and_nothing_is_an_error_that_shows_it(tmp_path
     result = command("--help", cwd=tmp_path)
     assert result.returncode == 0 and all(name in result.stdout for name in OPTIONS)
     assert all(name in command(cwd=tmp_path).stdout for name in OPTIONS)
+
+
+def test_python_m_does_what_the_command_does(tmp_path):
+    module = subprocess.run(
+        [sys.executable, "-P", "-m", "cllm_spheres", "data", "nothing"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert module.returncode == 2 and module.stderr == command("data", "nothing", cwd=tmp_path).stderr
+    assert module.stderr.startswith("InputError: ")
 
 
 def test_the_smallest_run_learns_and_writes_and_is_resumed(tmp_path):

@@ -9,16 +9,28 @@ import subprocess
 import sys
 
 import pytest
+from numba.core.registry import cpu_target
 
+from cllm_spheres.crystal import jit
 from cllm_spheres.crystal.jit import COMPILED, PACKAGE
 
 GELU = """
 import numpy as np
 import cllm_spheres.crystal.jit as jit
+said = []
+jit.announce = said.append
 from cllm_spheres.kernels.gelu import gelu_forward
 out = np.empty(3, np.float32)
 gelu_forward(np.array([-1, 0.5, 1], np.float32), out)
-print(jit.__file__, jit.CACHE_FOLDER, out.tolist(), sum(gelu_forward.stats.cache_hits.values()), sep="|")
+hits = sum(gelu_forward.stats.cache_hits.values())
+print(jit.__file__, jit.CACHE_FOLDER, out.tolist(), hits, jit.COMPILING in said, sep="|")
+"""
+OTHERS_KERNEL = """
+from cllm_spheres.crystal.jit import kernel
+SUMMAND = NUMBER
+@kernel
+def plus(x):
+    return x + SUMMAND
 """
 LEAVES_NUMBA_ALONE = """
 import numba
@@ -51,19 +63,48 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_editing_a_helper_changes_the_result_of_the_kernels_that_use_it(tree):
+def test_editing_a_helper_changes_the_result_of_the_kernels_that_use_it_and_compiling_is_told(tree):
     cache = str(tree / "cache")
-    file, folder, first, hits = run(GELU, tree, XDG_CACHE_HOME=cache)
-    assert file.startswith(str(tree)) and folder.startswith(cache) and hits == "0"
-    assert run(GELU, tree, XDG_CACHE_HOME=cache) == [file, folder, first, "1"]
+    file, folder, first, *rest = run(GELU, tree, XDG_CACHE_HOME=cache)
+    assert file.startswith(str(tree)) and folder.startswith(cache) and rest == ["0", "True"]
+    warm = [file, folder, first, "1", "False"]
+    assert run(GELU, tree, XDG_CACHE_HOME=cache) == warm
     helper = tree / "cllm_spheres" / "crystal" / "functions" / "training.py"
     source = helper.read_text()
     assert source.count("f4(5.0000001201e-1)") == 1  # a coefficient of exp, which gelu.py only imports
     helper.write_text(source.replace("f4(5.0000001201e-1)", "f4(0.75)"))
-    _, other_folder, second, hits = run(GELU, tree, XDG_CACHE_HOME=cache)
-    assert other_folder != folder and second != first and hits == "0"
+    _, other_folder, second, *rest = run(GELU, tree, XDG_CACHE_HOME=cache)
+    assert other_folder != folder and second != first and rest == ["0", "True"]
     helper.write_text(source)
-    assert run(GELU, tree, XDG_CACHE_HOME=cache) == [file, folder, first, "1"]
+    assert run(GELU, tree, XDG_CACHE_HOME=cache) == warm
+    # Another installation, at another path, with other times of its files, finds what this one has compiled.
+    shutil.copytree(tree / "cllm_spheres", tree / "elsewhere" / "cllm_spheres")
+    for path in (tree / "elsewhere").rglob("*.py"):
+        os.utime(path, (1, 1))
+    elsewhere, *same = run(GELU, tree / "elsewhere", XDG_CACHE_HOME=cache)
+    assert elsewhere.startswith(str(tree / "elsewhere")) and same == warm[1:]
+
+
+def test_a_kernel_of_another_file_is_compiled_again_when_its_file_changes(tree):
+    code, results = "import mine; print(mine.plus(1), sum(mine.plus.stats.cache_hits.values()), sep='|')", []
+    for number in (1, 2, 2):
+        (tree / "mine.py").write_text(OTHERS_KERNEL.replace("NUMBER", str(number)))
+        results.append(run(code, tree, XDG_CACHE_HOME=str(tree / "cache")))
+    assert results == [["2", "0"], ["3", "0"], ["3", "1"]]
+
+
+def test_a_process_says_once_what_it_compiles_and_again_after_a_pause(monkeypatch):
+    said = []
+    monkeypatch.setattr(jit, "announce", said.append)
+    monkeypatch.setattr(jit, "_last_compiled", float("-inf"))
+    first, second = (jit._Cache(function) for function in (run, lambda: 1))
+    for cache in (first, second):
+        cache.disable()
+        assert cache.load_overload(None, cpu_target.target_context) is None
+    assert said == [jit.COMPILING]
+    monkeypatch.setattr(jit, "_last_compiled", jit._last_compiled - jit.TELL_AFTER_S - 1)
+    first.load_overload(None, cpu_target.target_context)
+    assert len(said) == 2
 
 
 def test_the_users_own_numba_cache_is_left_alone(tree):
@@ -74,7 +115,7 @@ def test_the_users_own_numba_cache_is_left_alone(tree):
 
 def test_a_cache_folder_that_cannot_be_written_is_replaced(tree):
     (tree / "file").write_text("")
-    _, folder, _, _ = run(GELU, tree, XDG_CACHE_HOME=str(tree / "file"), TMPDIR=str(tree))
+    _, folder, *_ = run(GELU, tree, XDG_CACHE_HOME=str(tree / "file"), TMPDIR=str(tree))
     assert folder.startswith(str(tree / "cllm-spheres-"))
 
 

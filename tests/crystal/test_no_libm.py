@@ -6,6 +6,7 @@ import importlib
 import math
 import pkgutil
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cllm_spheres.crystal.functions import elementwise
 from cllm_spheres.crystal.jit import CACHE_FOLDER, PACKAGE, Entry, kernel
 from tests.crystal.symbols import undefined
 
+HERE = Path(__file__)
 # What compiled code may take from elsewhere, and nothing else: Python, numba, memory, the system, our entries
 ALLOWED = re.compile(
     r"_?Py\w+|NRT_\w+|numba_(?:gil_ensure|gil_release|do_raise|unpickle|runtime_build_excinfo_struct"
@@ -36,7 +38,9 @@ def taken(folder, name=""):
 
 
 def folder_of(source):
-    """Where numba keeps what it compiles from a source file."""
+    """Where machine code from a source file lies: by the module's name, or of other files by numba's name."""
+    if source.is_relative_to(PACKAGE):
+        return CACHE_FOLDER / ".".join(source.relative_to(PACKAGE).with_suffix("").parts)
     return CACHE_FOLDER / caching._CacheLocator.get_suitable_cache_subpath(str(source))
 
 
@@ -84,14 +88,14 @@ def root_and_rounding(x):
 )  # fmt: skip
 def test_a_call_of_the_library_is_caught(function, arguments, symbol):
     function(*arguments)
-    found = set().union(*taken(folder_of(__file__), f"test_no_libm.{function.__name__}-").values())
+    found = set().union(*taken(folder_of(HERE), f"test_no_libm.{function.__name__}-").values())
     assert any(symbol in name for name in found), found
 
 
 def test_what_the_cpu_does_itself_is_no_call():
     assert root_and_rounding(2.25) == 5.75
-    assert taken(folder_of(__file__), "test_no_libm.root_and_rounding-") != {}
-    assert set().union(*taken(folder_of(__file__), "test_no_libm.root_and_rounding-").values()) == set()
+    assert taken(folder_of(HERE), "test_no_libm.root_and_rounding-") != {}
+    assert set().union(*taken(folder_of(HERE), "test_no_libm.root_and_rounding-").values()) == set()
 
 
 def test_no_compiled_code_of_the_package_calls_the_librarys_mathematics():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -158,11 +159,13 @@ def test_many_at_once_do_each_other_no_harm(source, cache):
 def test_a_cache_that_cannot_be_written_points_to_prepare(source, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"Cannot write the cache .*prepare PATH --out DIR"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"Prepared text cannot be kept: .*Not a directory.*prepare PATH --out DIR"):
         prepare_cached([source], "byte")
+    (tmp_path / "closed" / "cllm-spheres").mkdir(parents=True)
+    (tmp_path / "closed" / "cllm-spheres" / "prepared").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
-    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    with pytest.raises(InputError, match=r"Permission denied.*prepare PATH --out DIR"):
+    with pytest.raises(InputError, match=r"Prepared text cannot be kept: .*File exists.*prepare PATH --out DIR"):
         prepare_cached([source], "byte")
 
 
