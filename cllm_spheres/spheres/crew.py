@@ -60,7 +60,7 @@ class Crew:
         self.job, self.memory, self._ring, self._status = job, memory, ring, status
         self.server = server or start_server()
         self.pids: dict[int, int] = {}
-        self.warm = threading.Event()
+        self.warm_since: float | None = None  # when the kernels were ready; None: they are being compiled
         self._handles: dict[int, int] = {}  # worker -> pidfd
         self._asked: set[int] = set()  # workers that the server has been asked for and has not started yet
         self._ended: deque[Ended] = deque()
@@ -68,7 +68,7 @@ class Crew:
         self._attach()
 
     def _attach(self) -> None:
-        self.warm.clear()
+        self.warm_since = None
         self.server_gone = False
         threading.Thread(target=self._listen, args=(self.server,), daemon=True).start()
 
@@ -89,7 +89,7 @@ class Crew:
             if "status" in message and isinstance(message["status"], str):
                 self._status(message["status"])
             elif "warm" in message:
-                self.warm.set()
+                self.warm_since = time.monotonic()
             elif "started" in message:
                 worker, pid = int(str(message["started"])), int(str(message["pid"]))
                 self.pids[worker] = pid

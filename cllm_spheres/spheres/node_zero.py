@@ -85,9 +85,12 @@ class NodeZero:
     def _end_slow_server(self, asked: float) -> float:
         """Where workers that were asked for are not ready in time, the server hangs, or one of them does. Another one
         is tried: its end is noticed like any other. Returns since when they are waited for.
+
+        The time that the kernels took to compile does not count as waiting for the workers.
         """
-        now = time.monotonic()
-        if now - asked <= (READY_WITHIN_S if self.crew.warm.is_set() else COMPILED_WITHIN_S):
+        now, warm_since = time.monotonic(), self.crew.warm_since
+        latest = asked + COMPILED_WITHIN_S if warm_since is None else max(asked, warm_since) + READY_WITHIN_S
+        if now <= latest:
             return asked
         self.crew.server.process.kill()
         return now

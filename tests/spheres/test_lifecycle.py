@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.events import read
 from cllm_spheres.model.layout import Shape
-from cllm_spheres.spheres import atomics, silence
+from cllm_spheres.spheres import atomics, node_zero, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -223,3 +224,18 @@ def test_time_in_which_node_zero_did_not_run_does_not_count(node, monkeypatch):
     monkeypatch.undo()
     one._silence._looked_at = now
     watch(one)
+
+
+def test_a_server_is_not_ended_because_its_kernels_took_long_to_compile(monkeypatch):
+    killed = []
+    crew = SimpleNamespace(
+        warm_since=None, server=SimpleNamespace(process=SimpleNamespace(kill=lambda: killed.append(now)))
+    )
+    node = SimpleNamespace(crew=crew)
+    for now, warm_since, ended in ((99, None, False), (100, 99, False), (158, 99, False), (160, 99, True)):
+        monkeypatch.setattr(node_zero.time, "monotonic", lambda now=now: now)
+        crew.warm_since = warm_since
+        assert NodeZero._end_slow_server(node, 1.0) == (now if ended else 1.0) and bool(killed) is ended
+    now, crew.warm_since = 1000, None
+    monkeypatch.setattr(node_zero.time, "monotonic", lambda: now)
+    assert NodeZero._end_slow_server(node, 1.0) == 1000 and len(killed) == 2
