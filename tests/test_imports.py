@@ -32,8 +32,8 @@ LEVELS = [
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 WITHIN_A_LEVEL = {
-    ("caches", "limits"), ("config", "errors"), ("faults", "errors"), ("limits", "errors"), ("limits", "machine"), ("limits", "units"),
-    ("machine", "errors"), ("text", "crystal"), ("__init__", "api"),
+    ("caches", "limits"), ("config", "errors"), ("faults", "errors"), ("limits", "errors"), ("limits", "machine"),
+    ("limits", "units"), ("machine", "errors"), ("text", "crystal"), ("__init__", "api"),
 }  # fmt: skip
 HEAVY = ("numba", "llvmlite", "rich", "typer", "pydantic", "tokenizers", "scipy_openblas32", "psutil", "gguf")
 
