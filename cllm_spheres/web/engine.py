@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -18,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cllm_spheres.errors import InputError, RunFailed
-from cllm_spheres.web.link import Link, Setup
+from cllm_spheres.web.link import Link, Setup, how_ended
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused, bad
 from cllm_spheres.web.requests import Order
 
-SILENCE_S = 120.0  # without a step of a text that is being written: the process hangs
+SILENCE_S = 120.0  # without a step of a text that is being written, or an answer to an order: the process hangs
 BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the n-th start in a row that did not live for STEADY_S
 STEADY_S = 30.0
 LONGEST_RETRY_S = 60
@@ -61,9 +60,14 @@ class Model:
     block_size: int
     vocab_size: int
     longest: int | None
-    since: int
+    since: int = field(default_factory=lambda: int(time.time()))
     waiting: deque[Text] = field(default_factory=deque)
     running: dict[int, Text] = field(default_factory=dict)
+
+    def become(self, about: dict[str, Any]) -> None:
+        """Take what a new process says of the model: its run may have been trained anew, in another shape."""
+        for name, value in about.items():
+            setattr(self, name, value)
 
 
 class Engine:
@@ -78,6 +82,8 @@ class Engine:
         self._ready = False
         self._down = ""  # why it could not be started again, the last time
         self._ids = itertools.count()
+        self._ended_for = ""  # why we have killed the process
+        self._unanswered: set[int] = set()  # texts of which the process has said nothing yet, cancelled ones too
         self.supervisor: asyncio.Task[None] | None = None  # ends only with a mistake of ours
         self._heard = time.monotonic()
         self._text_s = 1.0  # how long a text takes, about
@@ -100,10 +106,7 @@ class Engine:
 
     async def start(self) -> None:
         """Load all models. InputError where one cannot be loaded."""
-        abouts = await self._open()
-        now = int(time.time())
-        for number, (name, about) in enumerate(zip(self.setup.runs, abouts, strict=True)):
-            self.models[name] = Model(number, since=now, **about)
+        await self._open()
         self.supervisor = asyncio.create_task(self._supervise())
 
     async def close(self) -> None:
@@ -158,35 +161,60 @@ class Engine:
         self._dispatch(model)
 
     def watch(self) -> None:
-        """Kill a process that has been silent for too long: called about once a second."""
-        if self.alive and self.running and time.monotonic() - self._heard > SILENCE_S:
+        """Kill a process that has been silent for too long: called about once a second.
+
+        One whose clients have all left is still waited for: it answers every order, and those of the clients that come
+        next would wait for nothing.
+        """
+        if self.alive and self._is_owed and time.monotonic() - self._heard > SILENCE_S:
             assert self._link is not None
-            self._link.process.send_signal(signal.SIGKILL)
+            self._ended_for = f", because it had been silent for {SILENCE_S:g} s"
+            self._link.process.kill()
+        self._dispatch_all()
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether the process has something to say."""
+        return bool(self.running or self._unanswered)
 
     def _dispatch(self, model: Model) -> None:
         while self._ready and model.waiting and len(model.running) < self.setup.slots:
+            assert self._link is not None
+            if self._link.full:
+                return
             text = model.waiting.popleft()
-            if not self.running:
+            if not self._is_owed:
                 self._heard = time.monotonic()
             text.began = time.monotonic()
             model.running[text.id] = text
-            self._say(text.message)
+            self._unanswered.add(text.id)
+            self._link.say(text.message)
+
+    def _dispatch_all(self) -> None:
+        for model in self.models.values():
+            self._dispatch(model)
 
     def _say(self, message: dict[str, Any]) -> None:
         if self._link:
             self._link.say(message)
 
-    async def _open(self) -> list[dict[str, Any]]:
-        """Start a process and wait until it is ready; what it says of its models."""
-        self._link = await Link.start(self.setup)
-        answer = await self._link.read()
-        if not isinstance(answer, dict) or "ready" not in answer:
-            code = await self._link.end()
-            if isinstance(answer, dict) and "failed" in answer:
-                raise InputError(answer["failed"])
-            raise RunFailed(f"The process of inference ended while it loaded the models: {_how(code)}.")
+    async def _open(self) -> None:
+        """Start a process and wait until it has loaded the models; what they are may have changed since the last one.
+
+        InputError where a model cannot be loaded, RunFailed where the process ends, or hangs.
+        """
+        try:
+            self._link = await Link.start(self.setup)
+        except OSError as error:  # no memory, process or descriptor was free
+            raise RunFailed(f"The process of inference cannot be started: {error.strerror}.") from None
+        abouts = await self._link.loaded()
+        for number, (name, about) in enumerate(zip(self.setup.runs, abouts, strict=True)):
+            if name in self.models:
+                self.models[name].become(about)
+            else:
+                self.models[name] = Model(number, **about)
         self._ready, self._heard = True, time.monotonic()
-        return answer["ready"]
+        self._unanswered.clear()
 
     async def _supervise(self) -> None:
         """Pass on what the process says; replace it whenever it ends."""
@@ -198,10 +226,11 @@ class Engine:
                 self._heard = time.monotonic()
                 for event in told:
                     self._pass_on(event)
-                for model in self.models.values():
-                    self._dispatch(model)
+                self._dispatch_all()
             self._ready = False
-            self._lost(_how(await self._link.end()))
+            how = how_ended(await self._link.end())
+            self._lost(f"by SIGKILL{self._ended_for}" if self._ended_for else how)
+            self._ended_for = ""
             failures = 0 if time.monotonic() - began > STEADY_S else failures
             while not self._ready:
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
@@ -214,8 +243,7 @@ class Engine:
             self._down = ""
             self.restarts += 1
             self.metrics.restarts.add()
-            for model in self.models.values():
-                self._dispatch(model)
+            self._dispatch_all()
 
     def _lost(self, how: str) -> None:
         """Refuse all that was being written."""
@@ -236,6 +264,7 @@ class Engine:
 
     def _pass_on(self, event: dict[str, Any]) -> None:
         """An event to its request; of texts that were cancelled meanwhile nobody wants to know."""
+        self._unanswered.discard(event["id"])
         running = next((model.running for model in self.models.values() if event["id"] in model.running), {})
         text = running.get(event["id"])
         if text is None:
@@ -272,11 +301,3 @@ def _check(prompt: str | list[int], model: Model) -> None:
     wrong = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
     if wrong is not None:
         raise bad(f"The prompt has the token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1:,}.", "prompt")
-
-
-def _how(code: int) -> str:
-    """An exit code in words."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
-    return f"with exit code {code}"

@@ -1,7 +1,8 @@
 """Orders on a socket -> texts: `python -m cllm_spheres.web.inference DESCRIPTOR PARENT_PID`, the web server's child.
 
 It computes and does nothing else, at a lower priority than a training, and ends with its parent. Messages are lines of
-JSON. The first one in names the runs; {"ready": [...]} or {"failed": text} answers it. Then come in
+JSON. The first one in names the runs; a line {"loaded": {...}} for each of them, or {"failed": text}, answers it. Then
+come in
 
     {"begin": id, "model": number, "prompt": text or ids, "sample": i, "options": {...}, "names": bool}
     {"begin": id, "model": number, "messages": [...], ...}          a conversation
@@ -179,10 +180,10 @@ class Inference:
         try:
             for run, checkpoint in order["runs"]:
                 self.services.append(Service.of(run, checkpoint, order["slots"], order["dtype"], order["threads"]))
+                self.say({"loaded": self.services[-1].about})
         except SpheresError as error:
             self.say({"failed": str(error)})
             return
-        self.say({"ready": [service.about for service in self.services]})
         while (lines := self.read(wait=not any(service.texts for service in self.services))) is not None:
             told = [answer for line in lines for answer in self.obey(json.loads(line))]
             for service in self.services:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.spheres.server import die_with
 from cllm_spheres.spheres.serving import clean_environment
 
 KEY_VARIABLE = "CLLM_SPHERES_API_KEY"
 LINE_BYTES = 256 << 20  # a step in which every text shows its whole prompt's log-probabilities
-END_S = 2.0  # for a process that was told to end
+LOAD_S = 300.0  # for each model to be loaded, its kernels compiled: a process that takes longer hangs
+UNREAD_BYTES = 16 << 20  # of orders that the process has not taken: no more are given to it then
+END_S = 2.0  # for a process that was told to end, and once more for one that was killed
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,9 @@ class Link:
     """A process of inference. Make it with `start`; `read` gives None at its end."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, setup: Setup, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.process, self._reader, self._writer = process, reader, writer
+        self.setup, self.process, self._reader, self._writer = setup, process, reader, writer
 
     @classmethod
     async def start(cls, setup: Setup) -> Link:
@@ -53,17 +58,47 @@ class Link:
         )  # fmt: skip
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
-        link = cls(process, reader, writer)
+        link = cls(setup, process, reader, writer)
         runs = [(str(run), setup.checkpoint) for run in setup.runs.values()]
         link.say({"runs": runs, "slots": setup.slots, "dtype": setup.dtype, "threads": setup.threads})
         return link
+
+    async def loaded(self) -> list[dict[str, Any]]:
+        """Wait until all models are loaded: what the process says of each.
+
+        InputError where a model cannot be loaded, RunFailed where the process ends, or hangs and is ended.
+        """
+        abouts: list[dict[str, Any]] = []
+        for run in self.setup.runs.values():
+            try:
+                async with asyncio.timeout(LOAD_S):
+                    answer = await self.read()
+            except TimeoutError:
+                self.process.kill()
+                await self.end()
+                raise RunFailed(
+                    f"The process of inference had not loaded {run} after {LOAD_S:g} s and was ended. Look whether its"
+                    " disk answers, and try again: kernels that are compiled already are kept."
+                ) from None
+            if not isinstance(answer, dict) or "loaded" not in answer:
+                code = await self.end()
+                if isinstance(answer, dict) and "failed" in answer:
+                    raise InputError(answer["failed"])
+                raise RunFailed(f"The process of inference ended while it loaded {run}: {how_ended(code)}.")
+            abouts.append(answer["loaded"])
+        return abouts
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def full(self) -> bool:
+        """Whether the process has left so many orders unread that it should get no more."""
+        return self._writer.transport.get_write_buffer_size() > UNREAD_BYTES
+
     def say(self, message: dict[str, Any]) -> None:
-        """Queue a line. What a process does not read is bounded by its slots; what is said to a dead one is lost."""
+        """Queue a line. What is said to a dead process is lost."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps(message).encode() + b"\n")
 
@@ -75,17 +110,32 @@ class Link:
             return None
         return json.loads(line) if line.endswith(b"\n") else None
 
-    async def end(self) -> int:
-        """Close our end, wait for the process, kill it where it does not go; its exit code."""
+    async def end(self) -> int | None:
+        """Close our end, wait for the process, kill it where it does not go. Its exit code, or None where not even
+        that ends it, as when it waits for a disk that does not answer: it is left to the system then.
+        """
         self._writer.close()
         try:
-            async with asyncio.timeout(END_S):
-                while self.alive:
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            pass
+            await self._ended()
         finally:
             if self.alive:
                 self.process.kill()
-            code = self.process.wait()
-        return code
+        await self._ended()
+        return self.process.poll()
+
+    async def _ended(self) -> None:
+        """Wait for the process's end, at most END_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                while self.alive:
+                    await asyncio.sleep(0.01)
+
+
+def how_ended(code: int | None) -> str:
+    """An exit code in words."""
+    if code is None:
+        return "it hangs in the system, where not even SIGKILL ends it"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
+    return f"with exit code {code}"
