@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from cllm_spheres.errors import InputError, Interrupted, RunFailed, nearest, sho
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.text.handed import as_folder, as_path, as_paths
 from cllm_spheres.training import session
+from cllm_spheres.training.hooks import Callback, Hooks
 from cllm_spheres.training.launch import Launch, signals_passed_on
 from cllm_spheres.training.score import Score, score
 
@@ -85,6 +87,8 @@ def train(
     config: str | os.PathLike[str] | None = None,
     start_from: str | os.PathLike[str] | None = None,
     quiet: bool = False,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
     **options: Any,
 ) -> Run:
     """Train as `cllm-spheres train` does, in processes of their own, and return the run when it has ended.
@@ -97,12 +101,16 @@ def train(
     there is none yet. faults: PHASE:STEP:SPHERE:ACTION each, to see the run survive them. profile: trace a step into
     profile.md and profile.json in the run's folder. start_from: a run or a folder of Hugging Face's, whose weights,
     shape and tokenizer the run begins with. quiet: print no lines.
+    on_step, on_eval: functions that get each record of their kind, as in metrics.jsonl, in this process; the training
+    goes on meanwhile. One that returns "save" has the next whole step saved, "stop" has the run evaluated, saved and
+    ended there, as stop_at does; what one raises is raised here, after such an end.
 
     Raises InputError for bad input, RunFailed where the run failed, Interrupted after a signal other than Ctrl+C,
     and KeyboardInterrupt after Ctrl+C; the run is saved then.
     """
     if name := next((name for name in ("from", "from_") if name in options), None):
         raise InputError(f"There is no option {name!r} in Python, where it is a word of the language: give start_from.")
+    hooks = Hooks(on_step, on_eval)
     folder, file, start = as_path(run, "run"), as_path(config, "config"), as_path(start_from, "start_from")
     with Launch(None if resume or start_from else options) as launch:
         with as_paths(data) as source:
@@ -113,7 +121,8 @@ def train(
         if finished:
             code, message = 0, finished
         else:
-            code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet)
+            hooks.begin(launch, plan.run)
+            code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet, hooks=hooks)
     if code == 130:
         if not quiet:
             print(message, file=sys.stderr)
@@ -156,20 +165,33 @@ def evaluate(
     )  # fmt: skip
 
 
-def attend(launch: Launch, *, plain: bool | None, quiet: bool = False) -> tuple[int, str]:
+def attend(
+    launch: Launch, *, plain: bool | None, quiet: bool = False, hooks: Hooks | None = None
+) -> tuple[int, str]:  # fmt: skip
     """Show a launched run until it ends, and pass signals on to it; its exit code, and what to tell the user.
 
     plain: lines instead of the dashboard; None looks at the terminal. A fault of the display never ends a training.
+    hooks: get the records meanwhile; what they raise is raised after the end.
     """
-    from cllm_spheres.watch.follow import follow
+    from cllm_spheres.watch.follow import POLL_S, follow
+
+    hooks = hooks or Hooks(None, None)
+
+    def alive() -> bool:
+        hooks.poll()
+        return launch.alive
 
     with signals_passed_on(launch):
         if not quiet:
             try:
                 follow(
-                    launch.plan.run, plain=plain, alive=lambda: launch.alive, status=lambda: launch.status,
-                    since=launch.began, stop_when_ended=False, endings=False,
+                    launch.plan.run, plain=plain, alive=alive, status=lambda: launch.status, since=launch.began,
+                    stop_when_ended=False, endings=False,
                 )  # fmt: skip
             except Exception as error:
                 print(f"The display failed ({type(error).__name__}: {error}); the training goes on.", file=sys.stderr)
-        return launch.finish()
+        while hooks.poll() and launch.alive:
+            time.sleep(POLL_S)
+        outcome = launch.finish()
+    hooks.finish()
+    return outcome

@@ -25,6 +25,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
+LONGEST_LINE = 1 << 20  # bytes; one of 156 spheres has about 20,000
 KINDS = ("step", "eval", "spheres", "event")
 
 # The names of events, in the order in which a run usually meets them.
@@ -51,7 +52,7 @@ EVENTS = (
     "unfired",  # faults on purpose that did not happen
     "stopping",  # signal
     "failed",  # error
-    "end",  # reason: "done", "early_stop", "stop_at", "signal"; path of the last checkpoint
+    "end",  # reason: "done", "early_stop", "stop_at", "asked", "signal"; path of the last checkpoint
 )
 
 
@@ -85,6 +86,13 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = 0
+
+    def skip(self) -> None:
+        """Leave out what is there already; a torn last line will be cut off and written over."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                start = file.seek(max(0, file.seek(0, 2) - LONGEST_LINE))
+                self._offset = start + file.read().rfind(b"\n") + 1
 
     def read(self) -> list[Record]:
         if not self.path.is_file():  # not there yet; or a pipe, which would not be read to its end

@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import pytest
 import cllm_spheres as cs
 from cllm_spheres import api
 from cllm_spheres.errors import InputError, RunFailed
+from cllm_spheres.events import read
 from cllm_spheres.text.handed import as_paths
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.tokenizer import ByteTokenizer
 from cllm_spheres.training.folder import Plan, read_config
+from cllm_spheres.training.hooks import Hooks
 from cllm_spheres.training.session import prepare_data
 from tests.exchange.models import GOLDEN, SHAPE, weights
 from tests.naive import naive_hidden_states, naive_logits, naive_loss_and_gradients
@@ -145,6 +148,43 @@ def test_paths_are_files_or_prepared_folders(corpus, tmp_path):  # noqa: F811
         assert prepare_data(paths, "byte", None, set(), None).folder == corpus
     with as_paths(str(corpus)) as path:
         assert path == corpus
+
+
+def test_callbacks_see_every_record_and_may_save_and_stop(corpus, tmp_path):  # noqa: F811
+    options = dict(TINY, steps=10**6, eval_every=10**6, save_every=10**6, keep=9, quiet=True)
+    seen, threads = [], set()
+
+    def on_step(record):
+        seen.append(record)
+        threads.add(threading.current_thread())
+        return {300: "save", 3000: "stop"}.get(record["step"])
+
+    run = cs.train(corpus, run=tmp_path / "run", on_step=on_step, on_eval=seen.append, **options)
+    last = run.metrics()[-1]["step"]
+    assert 3000 < last < 10**6 and threads == {threading.main_thread()}
+    assert seen == [record for record in read(run.path / "metrics.jsonl") if record["kind"] in ("step", "eval")]
+    saved = [record["step"] for record in run.metrics("event") if record["event"] in ("saved", "best")]
+    assert 300 <= saved[0] < saved[-1] == last == run.metrics("eval")[-1]["step"]
+    assert run.metrics("event")[-1]["reason"] == "asked"
+
+    def fails(record):
+        raise ZeroDivisionError(record["step"])
+
+    with pytest.raises(ZeroDivisionError, match=str(last + 1)):  # what was before the resume is left out
+        cs.train(run=run.path, resume=True, on_step=fails, quiet=True)
+    assert cs.load(run.path, run.metrics()[-1]["step"])
+
+
+def test_callbacks_of_another_kind_are_refused_in_words(tmp_path):
+    with pytest.raises(InputError, match="on_eval is 5: give a function of one record"):
+        cs.train(on_eval=5)
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"step","step":1}\n{"kind":"step","st')
+    hooks = Hooks(lambda record: "halt", None)
+    hooks.begin(SimpleNamespace(alive=False), tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"kind":"step","step":1}\n{"kind":"step","step":2}\n')
+    assert not hooks.poll()
+    with pytest.raises(InputError, match='on_step has returned \'halt\': return None, "save" or "stop"'):
+        hooks.finish()
 
 
 def test_quiet_is_quiet_after_ctrl_c(monkeypatch, capfd):

@@ -1,4 +1,4 @@
-"""Wishes of other commands -> a run that goes on, and its answers: so far, another number of workers.
+"""Wishes of other processes -> a run that goes on, and its answers: another number of workers, a save, an end.
 
 Node Zero listens on an abstract socket that is named like the run's folder, by device and inode: it has no file, and
 ends with its process. Only the same user, or root, is heard.

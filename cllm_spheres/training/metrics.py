@@ -13,11 +13,10 @@ import numpy as np
 import psutil
 
 from cllm_spheres.errors import RunFailed
-from cllm_spheres.events import dumps, event
+from cllm_spheres.events import LONGEST_LINE, dumps, event
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
 
-LONGEST_LINE = 1 << 20  # bytes; one of 156 spheres has about 20,000
 TELLS_AGAIN_S = 10.0  # that the disk refuses, and twice as long after each time
 MOST_WAITING = 64_000_000  # bytes that may wait for a disk to take them again: hours of most runs
 

@@ -73,6 +73,7 @@ class Trainer:
         self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
         self.keeper = Keeper(run, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
+        self._asked = False  # another process has asked for the end
         self._begins_trained = source is not None  # step 0 may be the best then
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._pause)
@@ -86,7 +87,7 @@ class Trainer:
     # ---- the run
 
     def train(self, checkpoint: Checkpoint | None, *, exact: bool = False) -> str:
-        """From the checkpoint, or from the start, to the end; returns the reason it ended: done, early_stop or stop_at.
+        """From the checkpoint, or from the start, to the end; returns the reason it ended, as in the event "end".
 
         Raises Interrupted after a signal, NonFinite, SphereLost or another RunFailed.
         """
@@ -100,6 +101,7 @@ class Trainer:
                     return self._end()
                 if wish := self.control.take():
                     self._fulfil(wish)
+                    continue
                 self._stretch(self._next_boundary())
         except BaseException as error:
             self._save_what_is_whole(error)
@@ -114,7 +116,7 @@ class Trainer:
             self.metrics.event("unfired", f"These faults did not happen: {', '.join(left)}.", self.step, faults=left)
         if self.step >= self.steps:
             return "done"
-        return "early_stop" if self._stops_early() else "stop_at"
+        return "early_stop" if self._stops_early() else "asked" if self._asked else "stop_at"
 
     def _stops_early(self) -> bool:
         """A function of the evaluations alone, which a checkpoint holds: the same after a resume."""
@@ -314,10 +316,24 @@ class Trainer:
             )  # fmt: skip
         return False
 
-    # ---- another number of workers
+    # ---- what others ask for
 
     def _fulfil(self, wish: Wish) -> None:
-        """Between two steps: have as many workers as another command asks for."""
+        """Between two steps: save, end, or have another number of workers."""
+        if wish.message.get("save"):
+            if not self.step:
+                wish.answer(error="There is nothing to save yet: no step is finished.")
+                return
+            if self.progress.saved != self.step:
+                self.keeper.save(self.progress)
+            wish.answer(message=f"Step {self.step:,} is being saved.")
+        elif wish.message.get("stop"):
+            self._asked, self.last = True, max(1, self.step)
+            wish.answer(message=f"The run ends at step {self.last:,}.")
+        else:
+            self._resize(wish)
+
+    def _resize(self, wish: Wish) -> None:
         before, workers = self.node_zero.job.workers, wish.message.get("workers")
         try:
             check_workers(workers, self.node_zero.job)
