@@ -2,6 +2,10 @@
 
 uvicorn gives a client all the time it likes to send its headers, and to read. Here a reader who leaves what was written
 to it for too long is cut off, and with it its request, its slot and its buffer.
+
+A client that has asked may end its side of the connection and read on. The end of the whole connection looks the same
+until something is written: the kernel of a client that has left answers with a reset, and the next write fails. So
+"100 Continue", which every client of HTTP/1.1 passes over, is written until the answer begins.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ HEADER_BYTES = 16 << 10
 KEEP_ALIVE_S = 10  # between an answer and the next request
 ASK_S = 20.0  # for a request's line and headers, from when none is under way
 TAKE_S = 60.0  # until a client has read all that was written to it
+PROBE_S = 0.1  # from a client's end of sending to the first question whether it is still there; each pause is twice
+LONGEST_PROBE_S = 10.0  # the one before, up to this
 
 
 class Connection(H11Protocol):
@@ -28,6 +34,7 @@ class Connection(H11Protocol):
 
     _asking_since: float | None = None
     _untaken_since: float | None = None
+    _sends_no_more = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,6 +42,32 @@ class Connection(H11Protocol):
         if len(self.connections) > MOST_CONNECTIONS:
             full = Refused(503, f"{MOST_CONNECTIONS:,} clients are connected: try again later.", code="too_many")
             self._say_and_close(full)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open though the client sends no more: where its whole request is here.
+
+        HTTP/1.0 has no interim answers, so such a client counts as one that has left.
+        """
+        request = self.cycle
+        if request is None or request.response_complete or request.more_body or self.scope["http_version"] == "1.0":
+            return False
+        self._sends_no_more = True
+        self.loop.call_later(PROBE_S, self._probe, PROBE_S)
+        return True
+
+    def _probe(self, pause_s: float) -> None:
+        """Write to a client that may have left, unless its answer has begun, which does the same."""
+        if self.transport.is_closing():
+            return
+        if not self.cycle.response_started:
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+        pause_s = min(2 * pause_s, LONGEST_PROBE_S)
+        self.loop.call_later(pause_s, self._probe, pause_s)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._sends_no_more and self.cycle.response_complete:  # no request is left that was sent with it
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to what is no HTTP, as JSON."""

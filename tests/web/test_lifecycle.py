@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -60,6 +61,30 @@ def test_a_reader_that_takes_nothing_does_not_keep_others_from_being_written(ser
     text = served.complete("the ", max_tokens=20)["choices"][0]["text"]
     assert text == alone.text("the ", tokens=20)
     lazy.close()
+    wait_until(served.idle, "idle")
+
+
+@pytest.mark.parametrize("words", [{}, {"stream": True}])
+def test_a_client_that_ends_its_side_gets_its_answers_and_the_end(served, alone, words):
+    """As `nc -N` does. Two requests at once, the second asked before the first was answered."""
+    connection = served.connect({"model": "run", "prompt": "ab", "max_tokens": 30, "seed": 1} | words)
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    connection.shutdown(socket.SHUT_WR)
+    answer = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+    assert answer.count("HTTP/1.1 200 OK") == 2 and answer.endswith('"running":0}')
+    if not words:
+        assert json.dumps(alone.text("ab", tokens=30)) in answer
+
+
+def test_a_client_that_ends_its_side_in_the_queue_is_asked_whether_it_is_there(served):
+    first = served.connect(LONG | {"n": 4})
+    running(served, 4)
+    second = served.connect(SHORT)
+    second.shutdown(socket.SHUT_WR)
+    assert second.recv(1 << 10).startswith(b"HTTP/1.1 100 ")  # it waits, and is still there
+    first.close()
+    rest = b"".join(iter(lambda: second.recv(1 << 16), b""))
+    assert b"HTTP/1.1 200 OK" in rest and b'"finish_reason"' in rest
     wait_until(served.idle, "idle")
 
 

@@ -146,6 +146,18 @@ def test_a_reader_that_leaves_its_answer_untaken_is_overdue(connection, monkeypa
     assert connection.transport.aborted
 
 
+@pytest.mark.parametrize(("version", "more_body", "complete", "stays"), [
+    ("1.1", False, False, True), ("1.1", True, False, False), ("1.1", False, True, False), ("1.0", False, False, False),
+])  # fmt: skip
+def test_who_ends_its_side_stays_connected_where_its_whole_request_is_here(
+    connection, version, more_body, complete, stays
+):
+    assert not connection.eof_received()
+    connection.scope = {"http_version": version}
+    connection.cycle = SimpleNamespace(response_complete=complete, more_body=more_body)
+    assert connection.eof_received() is stays
+
+
 def test_one_client_too_many_is_told(connection, monkeypatch):
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 0)
     connection.connection_made(Transport())
