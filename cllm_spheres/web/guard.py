@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,13 @@ class Rules:
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 
+    def readable_by(self, scope: Scope) -> dict[str, str]:
+        """The headers by which a browser lets an allowed page read an answer that no route has given."""
+        origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+        if len(origins) != 1 or origins[0].lower() not in self.origins:
+            return {}
+        return {"Access-Control-Allow-Origin": origins[0], "Vary": "Origin"}
+
 
 def _digest(key: bytes) -> bytes:
     """Of equal length for keys of any length, so that comparing takes one time."""
@@ -139,11 +146,11 @@ class Guard:
                 self.rules.check(scope)
                 await self.app(scope, receive, seen)
             except Refused as refused:
-                await respond(refused)(scope, receive, seen)
+                await respond(refused, self.rules.readable_by(scope))(scope, receive, seen)
             except Exception:
                 traceback.print_exc(file=sys.stderr)
                 if status == CLIENT_LEFT:
-                    await respond(FAILURE)(scope, receive, seen)
+                    await respond(FAILURE, self.rules.readable_by(scope))(scope, receive, seen)
         finally:
             path = self._path(scope["path"])
             self.metrics.requests.add(path, status)
@@ -164,9 +171,9 @@ class Json(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
-def respond(refused: Refused) -> Json:
-    """A refusal as a response. Where the body was not read, the connection cannot go on."""
-    headers: dict[str, Any] = dict(refused.headers)
+def respond(refused: Refused, more: Mapping[str, str] | None = None) -> Json:
+    """A refusal as a response, with more headers. Where the body was not read, the connection cannot go on."""
+    headers = {**refused.headers, **(more or {})}
     if refused.status in (408, 413):
         headers["Connection"] = "close"
     return Json(refused.body, refused.status, headers)

@@ -99,6 +99,10 @@ def test_a_server_for_others_wants_its_key_and_lets_allowed_pages_in(run, tmp_pa
         page = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
         asked = server.client.options("/v1/completions", headers=page)
         assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == "https://app.example"
+        keyless = server.client.get("/v1/models", headers={"Origin": "https://App.example"})  # the page may read why
+        assert keyless.status_code == 401 and keyless.headers["access-control-allow-origin"] == "https://App.example"
+        stranger = server.client.get("/v1/models", headers={"Origin": "https://evil.example"})
+        assert stranger.status_code == 403 and "access-control-allow-origin" not in stranger.headers
         server.client.headers["Authorization"] = f"Bearer {KEY}"
         found = server.client.get("/v1/models", headers={"Origin": "https://app.example"})
         assert found.status_code == 200 and found.headers["access-control-allow-origin"] == "https://app.example"
