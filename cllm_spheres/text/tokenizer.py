@@ -275,6 +275,11 @@ class StreamDecoder:
             self._first = False
         return self._decoder.decode(piece)
 
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes so far of a character that is still open."""
+        return self._decoder.getstate()[0]
+
     def finish(self) -> str:
         """What is left: U+FFFD where the last character never became whole."""
         return self._decoder.decode(b"", final=True)

@@ -21,7 +21,6 @@ class Choice:
 
     prompt_tokens: int = 0
     new_tokens: int = 0
-    offset: int = 0  # characters that the tokens so far have completed
     text: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     ended: str | None = None
@@ -62,8 +61,7 @@ class Answer:
         choice.ended = event.get("ended")
         if self.order.logprobs is not None:
             for scored in [*event.get("scored_prompt", ()), *event.get("scored", ())]:
-                entries.append(_chat_entry(scored) if self.order.chat else _entry(scored, choice.offset))
-                choice.offset += scored[3]
+                entries.append(_chat_entry(scored) if self.order.chat else _entry(scored))
         if self.order.chat:
             text = choice.lead.cut(text)
         if keep:
@@ -128,11 +126,11 @@ def _name(piece: str | None) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _entry(scored: list[Any], offset: int) -> dict[str, Any]:
+def _entry(scored: list[Any]) -> dict[str, Any]:
     """Of completions: the likeliest by name, the token itself among them; null where nothing comes before."""
-    piece, logprob, top, _ = scored
+    piece, logprob, top, place = scored
     likeliest = None if logprob is None else {_name(other): value for other, value in [*top, [piece, logprob]]}
-    return {"tokens": _name(piece), "token_logprobs": logprob, "top_logprobs": likeliest, "text_offset": offset}
+    return {"tokens": _name(piece), "token_logprobs": logprob, "top_logprobs": likeliest, "text_offset": place}
 
 
 def _chat_entry(scored: list[Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ and out goes one line a step with a list of what happened to which text:
     {"id": id, "text": piece, "new": tokens, "scored": [...], "scored_prompt": [...], "ended": "stop"|"length"}
     {"id": id, "refused": message, "status": 400 or 500}
 
-A scored token is [its bytes, log-probability, [[bytes, log-probability] of the likeliest], characters it completed],
-with bytes as latin-1, or null for the end of text.
+A scored token is [its bytes, log-probability, [[bytes, log-probability] of the likeliest], the number of the character
+in the text with which it begins], with bytes as latin-1, or null for the end of text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cllm_spheres.inference.conversation import Message, prompt_of
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options
 from cllm_spheres.spheres.server import die_with, ignore_signals
-from cllm_spheres.text.tokenizer import StreamDecoder, Tokenizer
+from cllm_spheres.text.tokenizer import REPLACEMENT, StreamDecoder
 
 if TYPE_CHECKING:
     from cllm_spheres.inference.writer import Piece, Scored, Writer
@@ -44,13 +44,32 @@ READ_BYTES = 1 << 16
 LEAST = -9999.0  # OpenAI's log-probability of what cannot be; JSON has no infinity
 
 
+class Places:
+    """Tokens one by one -> with which character of the text each begins."""
+
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self._decoder, self._characters = decoder, 0
+
+    def of(self, token: int) -> int:
+        """A token that goes on with an open character begins with that one; one that breaks it, behind its U+FFFD."""
+        decoder, before, unfinished = self._decoder, self._characters, self._decoder.unfinished
+        text = decoder.feed(token)
+        self._characters += len(text)
+        goes_on = (unfinished + decoder.tokenizer.token_piece(token)).startswith(REPLACEMENT.encode())
+        return before + (bool(unfinished) and text.startswith(REPLACEMENT) and not goes_on)
+
+    def end(self) -> int:
+        """The number of characters; an open one becomes a U+FFFD."""
+        self._characters += len(self._decoder.finish())
+        return self._characters
+
+
 @dataclass
 class Text:
-    """One text being written. The decoder counts the characters that each token completes, where that is asked."""
+    """One text being written, and the places of its tokens where they are asked for."""
 
     id: int
-    prompt_ids: list[int]
-    decoder: StreamDecoder | None
+    places: Places | None
 
 
 @dataclass
@@ -91,8 +110,8 @@ class Service:
         ids: list[int] = self._encode(prompt) if isinstance(prompt, str) else order["prompt"]
         options["stop"] = tuple(options["stop"])
         number = self.writer.begin(ids, Options(**options), order["sample"])
-        decoder = StreamDecoder(tokenizer, () if options["score_prompt"] else ids) if order["names"] else None
-        self.texts[number] = Text(order["begin"], ids, decoder)
+        places = Places(StreamDecoder(tokenizer, () if options["score_prompt"] else ids)) if order["names"] else None
+        self.texts[number] = Text(order["begin"], places)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         return {"id": order["begin"], "begun": len(ids), "prompt": text if order["echo"] else ""}
 
@@ -129,14 +148,26 @@ class Service:
         text = self.texts.pop(piece.text_id) if piece.ended else self.texts[piece.text_id]
         eot = self.model.tokenizer.eot
         told: dict[str, Any] = {"id": text.id, "text": piece.text, "new": sum(t.token != eot for t in piece.tokens)}
-        if text.decoder:
-            tokenizer = self.model.tokenizer
+        if text.places:
             if piece.prompt is not None:
-                told["scored_prompt"] = [_scored(tokenizer, text.decoder, scored) for scored in piece.prompt]
-            told["scored"] = [_scored(tokenizer, text.decoder, scored) for scored in piece.tokens]
+                told["scored_prompt"] = [self._scored(scored, text.places.of(scored.token)) for scored in piece.prompt]
+                text.places.end()  # what is written begins a character of its own
+            told["scored"] = [
+                self._scored(scored, text.places.end() if scored.token == eot else text.places.of(scored.token))
+                for scored in piece.tokens
+            ]
         if piece.ended:
             told["ended"] = piece.ended
         return told
+
+    def _scored(self, scored: Scored, place: int) -> list[Any]:
+        top = [[self._name(token), max(logprob, LEAST)] for token, logprob in scored.top]
+        logprob = None if scored.logprob is None else max(scored.logprob, LEAST)
+        return [self._name(scored.token), logprob, top, place]
+
+    def _name(self, token: int) -> str | None:
+        tokenizer = self.model.tokenizer
+        return None if token == tokenizer.eot else tokenizer.token_piece(token).decode("latin-1")
 
     def cancel(self, id: int) -> None:
         for number, text in self.texts.items():
@@ -148,16 +179,6 @@ class Service:
 
 class TooLong(InputError):
     """A prompt that does not fit into the block."""
-
-
-def _scored(tokenizer: Tokenizer, decoder: StreamDecoder, scored: Scored) -> list[Any]:
-    top = [[_name(tokenizer, token), max(logprob, LEAST)] for token, logprob in scored.top]
-    logprob = None if scored.logprob is None else max(scored.logprob, LEAST)
-    return [_name(tokenizer, scored.token), logprob, top, len(decoder.feed(scored.token))]
-
-
-def _name(tokenizer: Tokenizer, token: int) -> str | None:
-    return None if token == tokenizer.eot else tokenizer.token_piece(token).decode("latin-1")
 
 
 class Inference:

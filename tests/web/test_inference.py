@@ -6,7 +6,8 @@ import pytest
 
 from cllm_spheres.errors import InputError, NonFinite
 from cllm_spheres.inference.writer import Piece, Scored
-from cllm_spheres.web.inference import LEAST, Service
+from cllm_spheres.text.tokenizer import ByteTokenizer, StreamDecoder
+from cllm_spheres.web.inference import LEAST, Places, Service
 
 OPTIONS = {"tokens": 5, "temperature": 0.0, "stop": [], "seed": 1, "score_prompt": False, "logprobs": None}
 
@@ -60,7 +61,7 @@ def test_an_infinite_log_probability_becomes_a_number_that_json_has(service, mon
     (number,) = service.texts
     scored = Scored(97, -float("inf"), ((98, 0.0), (256, -float("inf"))))
     monkeypatch.setattr(service.writer, "step", lambda: [Piece(number, "a", (scored,), None, None)])
-    assert service.step()[0]["scored"] == [["a", LEAST, [["b", 0.0], [None, LEAST]], 1]]
+    assert service.step()[0]["scored"] == [["a", LEAST, [["b", 0.0], [None, LEAST]], 0]]
 
 
 def test_prompts_that_are_too_long_are_refused_before_they_are_encoded(service, monkeypatch):
@@ -69,3 +70,36 @@ def test_prompts_that_are_too_long_are_refused_before_they_are_encoded(service, 
         service.begin(order(70, "a" * 65))
     with pytest.raises(InputError, match="block has 64"):
         service.begin({**order(70), "messages": [{"role": "user", "text": "a" * 65}]})
+
+
+A = 97
+PLACES = {  # tokens of bytes -> their text, and the character with which each begins
+    "a character of two bytes": ([A, 0xC3, 0xA4, A], "aäa", [0, 1, 1, 2]),
+    "one that a letter breaks": ([A, 0xC3, A, A], "a\ufffdaa", [0, 1, 2, 3]),
+    "one that another breaks": ([0xE2, 0x82, 0xC3, 0xA4], "\ufffdä", [0, 0, 1, 1]),
+    "bytes that begin nothing": ([0xFF, 0xA4, A], "\ufffd\ufffda", [0, 1, 2]),
+    "a real replacement character": ([0xEF, 0xBF, 0xBD, A], "\ufffda", [0, 0, 0, 1]),
+    "one that never ends": ([A, 0xE2, 0x82], "a\ufffd", [0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_tokens_begin_with_their_own_character(name):
+    ids, text, expected = PLACES[name]
+    tokenizer = ByteTokenizer()
+    places = Places(StreamDecoder(tokenizer))
+    assert tokenizer.decode(ids) == text
+    assert [places.of(token) for token in ids] == expected and places.end() == len(text)
+
+
+def test_what_is_written_after_an_open_character_is_placed_behind_it(service, monkeypatch):
+    """A text that goes on from half a character, ends with half of one, and then with the end of text."""
+    service.begin(order(70, [A, 0xC3], names=True, echo=True, options=OPTIONS | {"score_prompt": True, "logprobs": 0}))
+    (number,) = service.texts
+    prompt, new = (Scored(A), Scored(0xC3, -1.0)), [(0xA4, "\ufffd", None), (0xC3, "", None), (256, "\ufffd", "stop")]
+    pieces = [Piece(number, text, (Scored(token, -1.0),), prompt if i == 0 else None, ended)
+              for i, (token, text, ended) in enumerate(new)]  # fmt: skip
+    monkeypatch.setattr(service.writer, "step", lambda: [pieces.pop(0)])
+    told = [service.step()[0] for _ in new]
+    places = [scored[3] for event in told for scored in [*event.get("scored_prompt", ()), *event["scored"]]]
+    assert places == [0, 1, 2, 3, 4]  # of "a\ufffd" and "\ufffd\ufffd"
