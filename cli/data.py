@@ -44,12 +44,12 @@ def data(
     facts = {
         "sources": ", ".join(manifest["sources"]),
         "tokenizer": f"{manifest['tokenizer']}, {vocabulary}",
-        "validation": f"{manifest['val_fraction']:g} of the text, split by {manifest['split']}",
+        "validation": prepared.share_text(),
         "skipped": ", ".join(skipped) or "nothing",
         "files": f"{manifest['dtype']}, sha256 as in the manifest, data {prepared.fingerprint[:16]}",
     }
-    if manifest["notes"]:
-        facts["notes"] = " ".join(manifest["notes"])
+    if notes := [*manifest["notes"], *filter(None, [prepared.share_warning()])]:
+        facts["notes"] = " ".join(notes)
     for name, fact in facts.items():
         console.print(Text.assemble((f"{name:10} ", "bold"), fact), soft_wrap=True)
     for part, ids in (("train", prepared.train), ("val", prepared.val)):

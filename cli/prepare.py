@@ -69,7 +69,7 @@ def prepare(
     manifest = prepared.manifest
     console.print(
         f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
-        f"{manifest['tokens']:,} tokens, {manifest['val']['tokens']:,} of them for validation; "
+        f"{manifest['tokens']:,} tokens; "
         f"{manifest['tokenizer']} with a vocabulary of {manifest['vocab_size']:,}, "
         f"{manifest['bytes_per_token']:.2f} bytes a token.",
         markup=False,
@@ -77,6 +77,7 @@ def prepare(
         soft_wrap=True,
     )
     skipped = describe_skipped(manifest["skipped"])
-    lines = [*manifest["notes"], *(["Skipped: " + ", ".join(skipped) + "."] if skipped else [])]
+    validation = f"For validation: {prepared.share_text()}."
+    lines = [validation, *filter(None, [prepared.share_warning()]), *manifest["notes"], *(["Skipped: " + ", ".join(skipped) + "."] if skipped else [])]
     for line in [*lines, f"Next: cllm-spheres train {out}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -53,3 +53,8 @@ def size(value: float | None) -> str:
     if value >= 999.5e6:
         return f"{value / 1e9:.1f} GB"
     return f"{value / 1e3:.0f} kB" if 0 < value < 999.5e3 else f"{value / 1e6:.0f} MB"
+
+
+def percent(share: float) -> str:
+    """0.1 -> '10 %', 0.0983 -> '9.83 %'"""
+    return f"{100 * share:.3g} %"

@@ -19,7 +19,8 @@ from typing import Any
 from cllm_spheres.errors import InputError
 
 FORMAT = "cllm-spheres prepared text"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)  # 1: documents were never cut, and there was no report
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 _LOCK = "lock"
 MANIFEST_BYTES = 16 << 20  # a real one has about 1,500 and the names of the sources

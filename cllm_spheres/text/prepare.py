@@ -148,7 +148,7 @@ class _Preparation:
         rows, skipped = self.read(files)
         if not len(rows):
             raise no_text(sources, skipped)
-        train, val, split = split_documents(rows, settings.val_fraction, self.work)
+        train, val = split_documents(rows, settings.val_fraction, self.work)
         parts = {"train": train, "val": val}
         for name, part in parts.items():
             save_part(self.work, name, part)
@@ -163,7 +163,7 @@ class _Preparation:
             )
             tokenizer.save(self.temporary / "tokenizer.json")
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        self.total, self.done = sum(part.high - part.low for part in parts.values()), 0
+        self.total, self.done = sum(part.size for part in parts.values()), 0
         counts = {name: self.encode(name, part, ranges[name], dtype) for name, part in parts.items()}
         shutil.rmtree(self.work)
         tokens = sum(count["tokens"] for count in counts.values())
@@ -181,7 +181,7 @@ class _Preparation:
             "train": {key: counts["train"][key] for key in ("documents", "bytes", "tokens")},
             "val": {key: counts["val"][key] for key in ("documents", "bytes", "tokens")},
             "val_fraction": settings.val_fraction,
-            "split": split,
+            "cut": len(train.rows) + len(val.rows) - len(rows),
             "skipped": dict(sorted(skipped.items())),
             "notes": notes,
             "sources": sources,
@@ -233,7 +233,7 @@ class _Preparation:
                 self.progress("tokens", self.done, self.total)
         return {
             "documents": documents,
-            "bytes": part.high - part.low,
+            "bytes": part.size,
             "tokens": tokens,
             "sha256": digest.hexdigest(),
         }
@@ -264,8 +264,9 @@ def _ranges_of(task: Task) -> list[tuple[int, int]]:
 
 
 def _units(part: Part) -> Iterator[tuple[int, int]]:
-    for low in range(part.low, part.high, UNIT_BYTES):
-        yield low, min(low + UNIT_BYTES, part.high)
+    size = part.size
+    for low in range(0, size, UNIT_BYTES):
+        yield low, min(low + UNIT_BYTES, size)
 
 
 def _read_tasks(files: FileList, work: str) -> Iterator[Task]:

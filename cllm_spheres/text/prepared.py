@@ -21,6 +21,7 @@ from cllm_spheres import caches
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.text import folder as folders
 from cllm_spheres.text.tokenizer import KINDS, Tokenizer, load_tokenizer
+from cllm_spheres.units import percent, plural
 
 if TYPE_CHECKING:
     from cllm_spheres.text.files import FileList
@@ -30,6 +31,7 @@ _PARTS = ("train", "val")
 _COUNTS = ("documents", "bytes", "tokens")
 _DTYPES = ("uint16", "uint32")
 _VERIFY_TOKENS = 1 << 22  # looked at together
+MIN_WARNED = 1000  # tokens: in less text a word more or less already changes the share
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,28 @@ class Prepared:
         """The end-of-text token that stands between documents."""
         return self.manifest["eot"]
 
+    @property
+    def val_share(self) -> float:
+        """Which share of the tokens the validation part really has."""
+        return len(self.val) / max(1, len(self.train) + len(self.val))
+
+    def share_text(self) -> str:
+        """The real share of the validation part and the one that was asked for, in words."""
+        cut = self.manifest.get("cut", 0)
+        both = f"; {plural(cut, 'document')} cut, in both parts" if cut else ""
+        asked = self.manifest["val_fraction"]
+        return f"{percent(self.val_share)} of the tokens ({percent(asked)} of the text asked for){both}"
+
+    def share_warning(self) -> str:
+        """A sentence where that is not the share that was asked for, by more than a tenth of it; else ""."""
+        asked = self.manifest["val_fraction"]
+        if self.manifest["tokens"] < MIN_WARNED or abs(self.val_share - asked) <= 0.1 * asked:
+            return ""
+        cure = "Its documents cannot be dealt better."
+        if self.manifest["version"] < folders.VERSION:
+            cure = "It was prepared by an older version, which never cut a document: prepare the text again."
+        return f"{percent(self.val_share)} of the tokens are for validation, and {percent(asked)} were asked for. {cure}"
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; InputError where its file does not fit the manifest."""
@@ -142,10 +166,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"manifest.json is no JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != folders.FORMAT:
         raise InputError(f"{folder} is not a prepared folder: its manifest.json is of something else.")
-    if manifest.get("version") != folders.VERSION:
+    if manifest.get("version") not in folders.READABLE:
         raise InputError(
             f"{folder} has version {shown(manifest.get('version'))} of the format, this program reads "
-            f"{folders.VERSION}. Prepare the text anew."
+            f"{' and '.join(map(str, folders.READABLE))}. Prepare the text anew."
         )
     if manifest.get("manifest_sha256") != folders.manifest_hash(manifest):
         raise _damaged(folder, "manifest.json was changed after it was written")
@@ -161,14 +185,15 @@ def _wrong_entries(manifest: dict[str, Any]) -> Iterator[str]:
         yield "vocab_size"
     elif not _is_count(manifest.get("eot")) or manifest["eot"] >= vocab_size:
         yield "eot"
-    for name, known in (("tokenizer", KINDS), ("dtype", _DTYPES), ("split", ("document", "position"))):
+    for name, known in (("tokenizer", KINDS), ("dtype", _DTYPES)):
         if manifest.get(name) not in known:
             yield name
     for part in _PARTS:
         counts = manifest.get(part)
         if not isinstance(counts, dict) or not all(_is_count(counts.get(name)) for name in _COUNTS):
             yield part
-    yield from (name for name in _COUNTS if not _is_count(manifest.get(name)))
+    counts = (*_COUNTS, "cut") if manifest["version"] == folders.VERSION else _COUNTS
+    yield from (name for name in counts if not _is_count(manifest.get(name)))
     for name in ("bytes_per_token", "val_fraction"):
         if type(manifest.get(name)) not in (int, float):
             yield name

@@ -101,14 +101,17 @@ def read_index(folder: Path, num_files: int) -> tuple[npt.NDArray[np.void], int]
 
 @dataclass(frozen=True)
 class Part:
-    """The bytes [low, high) of the documents `rows`, laid end to end: the training or the validation part."""
+    """The training or the validation part: documents, or pieces of documents, laid end to end."""
 
     rows: npt.NDArray[np.void]
-    low: int
-    high: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return int(self.rows["size"].sum(dtype=np.int64))
 
     def starts(self) -> npt.NDArray[np.int64]:
-        """Where each document begins in the text laid end to end, and where the last one ends."""
+        """Where each row begins in the text laid end to end, and where the last one ends."""
         return np.concatenate([[0], np.cumsum(self.rows["size"], dtype=np.int64)])
 
 
@@ -129,24 +132,23 @@ class SpoolReader:
         last = int(np.searchsorted(self.starts, high, "left"))
         for d in range(first, last):
             begin, end = self._edge(d, low), self._edge(d, high)
-            starts_here = begin == 0 and int(self.starts[d]) > self.part.low
+            starts_here = begin == 0 and d > 0
             here = begin
             while here < end:
                 nominal = ((here + CUT_WINDOW) // PIECE_BYTES + 1) * PIECE_BYTES
                 there = end if nominal >= end else self.cut(d, nominal)
-                yield self._read(d, here, there).decode("utf-8", "replace"), starts_here
+                yield self.read(d, here, there).decode("utf-8", "replace"), starts_here
                 starts_here = False
                 here = there
 
-    def cut(self, d: int, nominal: int, newline_window: int = CUT_WINDOW) -> int:
-        """Where to cut document d, at most CUT_WINDOW before byte `nominal`.
+    def cut(self, d: int, nominal: int) -> int:
+        """Where to cut row d, at most CUT_WINDOW before byte `nominal`.
 
-        After a new line (at most `newline_window` before), else before a blank, else between two
-        characters. It never decreases with `nominal`.
+        After a new line, else before a blank, else between two characters. It never decreases with `nominal`.
         """
         low = max(0, nominal - CUT_WINDOW)
-        window = self._read(d, low, nominal + 1)
-        newline = window.rfind(b"\n", max(0, len(window) - 1 - newline_window), -1)
+        window = self.read(d, low, nominal + 1)
+        newline = window.rfind(b"\n", 0, -1)
         if newline >= 0:
             return low + newline + 1
         blank = max(window.rfind(b" ", 0, -1), window.rfind(b"\t", 0, -1))
@@ -157,14 +159,14 @@ class SpoolReader:
         return nominal
 
     def _edge(self, d: int, position: int) -> int:
-        """A position in the text laid end to end -> the byte of document d at which to begin or end."""
+        """A position in the text laid end to end -> the byte of row d at which to begin or end."""
         start, end = int(self.starts[d]), int(self.starts[d + 1])
-        low, high = max(start, self.part.low), min(end, self.part.high)
-        if position <= low or position >= high:
-            return min(max(position, low), high) - start
-        return max(self.cut(d, position - start), low - start)
+        if position <= start or position >= end:
+            return min(max(position, start), end) - start
+        return self.cut(d, position - start)
 
-    def _read(self, d: int, begin: int, end: int) -> bytes:
+    def read(self, d: int, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of row d, or fewer at its end."""
         row = self.part.rows[d]
         number = int(row["file"])
         if self._file is None or self._file[0] != number:

@@ -124,14 +124,14 @@ def _word(
 
 
 def _bpe(vocab_size: int | None, exact: bool, work: Path, train: Part, run: RunTasks) -> tuple[Tokenizer, list[str]]:
-    total = train.high - train.low
+    total = train.size
     num_ranges = min(-(-total // SAMPLE_RANGE_BYTES), SAMPLE_BYTES // SAMPLE_RANGE_BYTES)
     length = min(SAMPLE_RANGE_BYTES, -(-total // num_ranges))
-    starts = [train.low + (total - length) * i // max(num_ranges - 1, 1) for i in range(num_ranges)]
+    starts = [(total - length) * i // max(num_ranges - 1, 1) for i in range(num_ranges)]
     ranges = [(start, start + length) for start in starts]
     notes = []
     if total <= SAMPLE_BYTES:
-        ranges = [(train.low, train.high)]
+        ranges = [(0, total)]
     else:
         notes.append(
             f"bpe was trained on a sample: {num_ranges} pieces evenly over the training text, "

@@ -46,14 +46,12 @@ def _read(task: Task, report: Report) -> Task:
 
 def load_part(work: Path, name: str) -> Part:
     """A part as written by `save_part`."""
-    low, high = json.loads((work / f"{name}.part").read_text())
-    return Part(np.fromfile(work / f"{name}.rows", ROW), low, high)
+    return Part(np.fromfile(work / f"{name}.rows", ROW))
 
 
 def save_part(work: Path, name: str, part: Part) -> None:
     """Write a part for the workers."""
     part.rows.tofile(work / f"{name}.rows")
-    (work / f"{name}.part").write_text(json.dumps([part.low, part.high]))
 
 
 _readers: dict[tuple[str, str], SpoolReader] = {}

@@ -129,6 +129,7 @@ def new_run(
     resolved = resolve(config, given, prepared)
     chosen = _faults(faults, resolved, config.stop_at)
     notes = check_start(resolved, prepared, run) + (source.notes if source else ())
+    notes = (*filter(None, [prepared.share_warning()]), *notes)
     folder.create(run, resolved, prepared, {"text": _raw(text), **origin_of(source)})
     return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 

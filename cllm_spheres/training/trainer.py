@@ -38,7 +38,7 @@ from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Wishes
 from cllm_spheres.training.soft_targets import table_bytes
 from cllm_spheres.training.start import check_workers
-from cllm_spheres.units import duration, plural
+from cllm_spheres.units import duration, percent, plural
 
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
 UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
@@ -199,7 +199,8 @@ class Trainer:
         return (
             f"{goes_on}{plural(job.workers, 'worker')}, {plural(job.spheres, 'sphere')}, batch {job.batch_size} x"
             f" {job.shape.block_size} tokens; {self.layout.num_parameters:,} parameters, vocabulary"
-            f" {job.shape.vocab_size:,}; {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
+            f" {job.shape.vocab_size:,}; {len(self.prepared.train):,} tokens of text, {len(self.prepared.val):,} more"
+            f" ({percent(self.prepared.val_share)} of all) for validation; {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
         )
 
     def _estimate(self) -> None:

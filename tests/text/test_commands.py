@@ -58,11 +58,12 @@ def corpus(tmp_path):
 def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
     code, out, error = run("prepare", corpus, "--tokenizer", "bpe", "--vocab-size", "300", "--out", tmp_path / "out")
     assert (code, error) == (0, "")
+    assert "For validation: " in out and "of the tokens (10 % of the text asked for)." in out
     assert "30 documents" in out and "vocabulary of 300" in out and "Skipped: 1 binary." in out
     assert f"Next: cllm-spheres train {tmp_path / 'out'}" in out
     code, out, error = run("data", tmp_path / "out")
     assert (code, error) == (0, "")
-    for words in ("documents", "bytes/token", "vocabulary 300, end of text 299", "1 binary", "spheres [red]"):
+    for words in ("documents", "bytes/token", "vocabulary 300, end of text 299", "1 binary", "spheres [red]", "of the tokens (10 % of the text"):
         assert words in out
     assert "\x1b[31m" not in out, "control characters of a text do not reach the terminal"
 

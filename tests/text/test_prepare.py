@@ -173,17 +173,6 @@ def test_words_are_forgotten_when_there_are_too_many_and_it_says_so(tmp_path, mo
     assert prepared.vocab_size == 3 and prepared.manifest["notes"]
 
 
-def test_a_few_documents_are_split_by_position(tmp_path):
-    (tmp_path / "a.txt").write_text("first document\n" * 60)
-    (tmp_path / "b.txt").write_text("second document\n" * 60)
-    prepared = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", tokenizer="byte")
-    assert prepared.manifest["split"] == "position"
-    assert len(prepared.val) / prepared.manifest["tokens"] == pytest.approx(0.1, abs=0.01)  # one line of 1,860 bytes
-    val = prepared.tokenizer.decode(prepared.val)
-    assert ("second document\n" * 60).endswith(val) and val.startswith("second")
-    assert np.count_nonzero(prepared.train == prepared.eot) == 1
-
-
 @pytest.mark.parametrize("text", ["a", "é", "ab", "球球", "a b"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shortest_texts_still_give_training_tokens(tmp_path, text, kind):
