@@ -30,7 +30,8 @@ def evaluate(
         int | None, typer.Option(help="Tokens from one window to the next, 1 to the window. Default: half a window.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of a window. Default: the model's block.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at the beginning. Default: all.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at the beginning instead.")] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Score every token but the first.")] = False,
     dtype: Annotated[
         str,
         typer.Option(help="What is computed in. auto: what the run was trained in.", metavar="fp32|bf16|auto"),
@@ -42,7 +43,8 @@ def evaluate(
 ) -> None:
     """Say how well a trained model predicts a text.
 
-    Each token but the first is scored once, by windows that slide over the text.
+    As many tokens are scored as in an evaluation of the training, in windows evenly spread over the text; with --all
+    each but the first, once.
     """
     from cllm_spheres_cli.progress import interruptible, progress_of
     from rich.console import Console
@@ -57,7 +59,7 @@ def evaluate(
     with interruptible("Nothing was evaluated."), progress_of(errors) as progress:
         result = score(
             run, data, checkpoint=checkpoint, stride=stride, block_size=block_size, workers=workers, dtype=dtype,
-            max_tokens=max_tokens, progress=progress, tell=tell,
+            max_tokens=max_tokens, whole=whole, progress=progress, tell=tell,
         )  # fmt: skip
     if as_json:
         values = {name: None if value == math.inf else value for name, value in asdict(result).items()}
@@ -71,7 +73,7 @@ def _show(result: Score) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cllm_spheres.units import plural
+    from cllm_spheres.units import duration, plural
 
     what = "the validation part of " if result.part == "val" else ""
     table = Table()
@@ -98,6 +100,11 @@ def _show(result: Score) -> None:
     if result.unigram_loss is not None and result.bigram_loss is not None:
         lines.append(
             f"Counting alone reaches {result.unigram_loss:.4f} (unigrams), {result.bigram_loss:.4f} (bigrams)."
+        )
+    if result.tokens < result.text_tokens:
+        left_s = result.text_tokens / result.tokens_per_s
+        lines.append(
+            f"These are {result.tokens:,} of {result.text_tokens:,} tokens. All of them: --all, about {duration(left_s)}."
         )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -148,20 +148,22 @@ def evaluate(
     workers: int | None = None,
     dtype: str = "auto",
     max_tokens: int | None = None,
+    whole: bool = False,
 ) -> Score:
     """Loss, perplexity, bits per byte and accuracy of a run's model, as `cllm-spheres eval` finds them.
 
     data: a file or folder of text, or a prepared folder, of which the validation part is taken; None: that of the
     run's own data. checkpoint: "best", "last" or a step. Windows of block_size tokens (None: the model's) begin
-    `stride` tokens apart (None: half of that); each token but the first is scored once. workers: None is a worker a
-    core; their number changes no bit. dtype: "fp32", "bf16", or "auto", that of the training. max_tokens: at the
-    beginning of the text, None is all. The first call on a machine compiles the kernels.
+    `stride` tokens apart (None: half of that). As many tokens are scored as in an evaluation of the run's training, in
+    windows evenly spread over the text; with max_tokens so many at its beginning; with whole=True each but the first,
+    once. workers: None is a worker a core; their number changes no bit. dtype: "fp32", "bf16", or "auto", that of the
+    training. The first call on a machine compiles the kernels.
 
     Raises InputError for bad input, RunFailed where the workers cannot do it.
     """
     return score(
         as_folder(run), as_path(data, "data"), checkpoint=checkpoint, stride=stride, block_size=block_size,
-        workers=workers, dtype=dtype, max_tokens=max_tokens,
+        workers=workers, dtype=dtype, max_tokens=max_tokens, whole=whole,
     )  # fmt: skip
 
 

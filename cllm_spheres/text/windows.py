@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -21,20 +24,58 @@ def evaluation_windows(num_tokens: int, block_size: int, eval_tokens: int) -> tu
     return starts, np.full(count, block_size, np.int64)
 
 
-def num_sliding_windows(predictable: int, block_size: int, stride: int) -> int:
-    """How many windows score each of so many predictable tokens (one less than the text has) once."""
-    return 1 + max(0, -(-(predictable - block_size) // stride))
+@dataclass(frozen=True)
+class Sliding:
+    """Windows that slide over a text, each scoring `stride` tokens, and the first all of its own.
 
-
-def sliding_windows(
-    predictable: int, block_size: int, stride: int, first: int, last: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Windows first..last: (starts, lengths, first scored rows; int64). 1 <= stride <= block_size.
-
-    Each begins `stride` tokens after the one before, and scores what that has not reached: at least
-    block_size - stride tokens of context stand before a scored row, except in the first window.
+    Window n begins `stride` tokens after window n - 1 and scores what that has not reached: at least
+    block_size - stride tokens of context stand before a scored row, except in the first. `chosen` of the whole windows,
+    evenly spread, or (None) all, which score each of the `predictable` tokens (one less than the text has) once.
+    1 <= stride <= block_size. With a stride of one block these are the windows of a training's evaluation.
     """
-    numbers = np.arange(first, last, dtype=np.int64)
-    starts = numbers * stride
-    lengths = np.minimum(block_size, predictable - starts)
-    return starts, lengths, np.where(numbers > 0, block_size - stride, 0)
+
+    predictable: int
+    block_size: int
+    stride: int
+    chosen: int | None = None
+
+    @classmethod
+    def about(cls, tokens: int, predictable: int, block_size: int, stride: int) -> Sliding:
+        """Windows that score at most about so many tokens; all of them where the text has no more."""
+        if tokens >= predictable or predictable < block_size:
+            return cls(predictable, block_size, stride)
+        return cls(predictable, block_size, stride, min(max(1, tokens // stride), _whole(predictable, block_size, stride)))
+
+    @property
+    def count(self) -> int:
+        """How many windows there are."""
+        return self.chosen or 1 + max(0, -(-(self.predictable - self.block_size) // self.stride))
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        if self.chosen is None:
+            return self.predictable
+        return self.block_size + (self.chosen - 1) * self.stride  # the first window is always among them
+
+    def windows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of first..last: (starts, lengths, first scored rows; int64)."""
+        numbers = np.arange(first, last, dtype=np.int64)
+        if self.chosen is not None:
+            numbers = numbers * _whole(self.predictable, self.block_size, self.stride) // self.chosen
+        starts = numbers * self.stride
+        lengths = np.minimum(self.block_size, self.predictable - starts)
+        return starts, lengths, np.where(numbers > 0, self.block_size - self.stride, 0)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Where the scored tokens' contexts are: [first, last), all of the text or a range a window."""
+        if self.chosen is None:
+            yield 0, self.predictable
+            return
+        for start, length, first in zip(*self.windows(0, self.chosen), strict=True):
+            yield int(start + first), int(start + length)
+
+
+def _whole(predictable: int, block_size: int, stride: int) -> int:
+    """How many windows have a whole block."""
+    return 1 + (predictable - block_size) // stride

@@ -1,7 +1,8 @@
 """A run and a text -> loss, perplexity, bits per byte and accuracy: sliding windows on all cores, through the spheres.
 
-Every token but the first is scored once. The workers are those of training, with weights and windows in shared memory
-and nothing else; a window is a pure function of both, so neither their number nor a death among them changes a bit.
+As many tokens are scored as in an evaluation of the training, or a number of them, or every token but the first, once
+each. The workers are those of training, with weights and windows in shared memory and nothing else; a window is a pure
+function of both, so neither their number nor a death among them changes a bit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.text.baselines import NgramLosses, ngram_losses
 from cllm_spheres.text.prepare import Progress
 from cllm_spheres.text.tokenizer import Tokenizer
-from cllm_spheres.text.windows import num_sliding_windows, sliding_windows
+from cllm_spheres.text.windows import Sliding
 from cllm_spheres.training.folder import read_config
 from cllm_spheres.training.plan import memory_bytes
 from cllm_spheres.training.scored_text import Ids, ScoredText, text_to_score
@@ -42,6 +43,7 @@ from cllm_spheres.units import size
 DTYPES = ("auto", *dtypes.DTYPES)
 MOST_WINDOWS = 1 << 14  # of a command
 COMMAND_S = 1.0  # that a command takes, about: how often progress is seen
+EVAL_TOKENS = 1 << 16  # scored of a model that was imported, whose training is not known
 BYTES_CHUNK = 1 << 22  # targets whose bytes are added together
 
 
@@ -49,7 +51,7 @@ BYTES_CHUNK = 1 << 22  # targets whose bytes are added together
 class Score:
     """What a model says of a text. Losses are nats a token over `tokens` predicted tokens.
 
-    bits_per_byte is None for word; the losses of counting alone are None but for the run's own validation part.
+    The text has `text_tokens` that can be predicted. bits_per_byte is None for word; the losses of counting alone are None but for the run's own validation part.
     """
 
     run: str
@@ -61,6 +63,7 @@ class Score:
     block_size: int
     stride: int
     tokens: int
+    text_tokens: int
     windows: int
     loss: float
     perplexity: float
@@ -76,11 +79,12 @@ class Score:
 def score(
     run: Path, data: Path | None = None, *, checkpoint: str | int | None = None, stride: int | None = None,
     block_size: int | None = None, workers: int | None = None, dtype: str = "auto", max_tokens: int | None = None,
-    progress: Progress | None = None, tell: Callable[[str], None] = lambda text: None,
+    whole: bool = False, progress: Progress | None = None, tell: Callable[[str], None] = lambda text: None,
 ) -> Score:  # fmt: skip
     """data: see `text_to_score`. checkpoint: as for `load`. stride: tokens from window to window, None: half a window.
 
-    dtype "auto": that in which the run was trained. max_tokens: predicted tokens at the beginning of the text.
+    dtype "auto": that in which the run was trained. max_tokens: predicted tokens at the beginning of the text; whole: all
+    of them; neither: windows evenly spread over the text, of as many tokens as an evaluation of the run's training has.
     progress: told (stage, done, total), of the stage "score" in tokens; tell: told in sentences what else happens.
     InputError for bad input; SphereLost, NonFinite.
     """
@@ -90,6 +94,8 @@ def score(
     stride = _within("--stride", stride, max(1, length // 2), length, "the window")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"--max-tokens {max_tokens}: give 1 or more.")
+    if max_tokens is not None and whole:
+        raise InputError(f"--max-tokens {max_tokens} contradicts --all. Leave one of them out.")
     chosen = _dtype(run, dtype, shape)
     wanted = _within("--workers", workers, min(len(usable_cores()), MAX_SPHERES), MAX_SPHERES, "the places there are")
     if dtype == "bf16" and chosen != "bf16":
@@ -97,19 +103,23 @@ def score(
     text = text_to_score(run, data, saved, tokenizer, progress)
     for note in text.notes:
         tell(note)
-    predicted = min(len(text.ids) - 1, max_tokens or len(text.ids))
-    windows = num_sliding_windows(predicted, length, stride)
-    job = _job(shape, text, min(wanted, windows), min(windows, MOST_WINDOWS), chosen)
-    baselines = _Counting(text, predicted, shape.vocab_size)
-    loss, correct, seconds = _scored(job, saved, predicted, length, stride, progress, tell)
+    predictable = len(text.ids) - 1
+    if whole or max_tokens is not None:
+        sliding = Sliding(min(predictable, max_tokens or predictable), length, stride)
+    else:
+        sliding = Sliding.about(_tokens_of_an_evaluation(run), predictable, length, stride)
+    predicted = sliding.scored
+    job = _job(shape, text, min(wanted, sliding.count), min(sliding.count, MOST_WINDOWS), chosen)
+    baselines = _Counting(text, sliding, shape.vocab_size)
+    loss, correct, seconds = _scored(job, saved, sliding, progress, tell)
     if not math.isfinite(loss):
         raise NonFinite(f"The loss of {saved.path} on {text.source} is {loss}: take another --checkpoint.")
-    num_bytes = _bytes(tokenizer, text.ids, predicted)
+    num_bytes = _bytes(tokenizer, text.ids, sliding)
     counted = baselines.result()
     mean = loss / predicted
     return Score(
         run=str(run), step=saved.step, data=text.source, part=text.part, fingerprint=text.fingerprint, dtype=chosen,
-        block_size=length, stride=stride, tokens=predicted, windows=windows, loss=mean,
+        block_size=length, stride=stride, tokens=predicted, text_tokens=predictable, windows=sliding.count, loss=mean,
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None, accuracy=correct / predicted,
         unigram_loss=counted.unigram if counted else None, bigram_loss=counted.bigram if counted else None,
@@ -123,6 +133,12 @@ def _within(option: str, value: int | None, default: int, most: int, what: str) 
     if not 1 <= value <= most:
         raise InputError(f"{option} {value}: give 1 to {most}, {what}.")
     return value
+
+
+def _tokens_of_an_evaluation(run: Path) -> int:
+    if not (run / "config.toml").is_file():
+        return EVAL_TOKENS
+    return read_config(run)[0].eval_tokens or EVAL_TOKENS
 
 
 def _dtype(run: Path, dtype: str, shape: Shape) -> str:
@@ -154,9 +170,8 @@ def _job(shape: Shape, text: ScoredText, workers: int, windows: int, dtype: str)
 
 
 def _scored(
-    job: Job, saved: Checkpoint, predicted: int, length: int, stride: int, progress: Progress | None,
-    tell: Callable[[str], None],
-) -> tuple[float, int, float]:  # fmt: skip
+    job: Job, saved: Checkpoint, sliding: Sliding, progress: Progress | None, tell: Callable[[str], None]
+) -> tuple[float, int, float]:
     """The summed loss, the right predictions, and the seconds that all windows took."""
     server = _server(job)
     node: NodeZero | None = None
@@ -169,7 +184,7 @@ def _scored(
         views = Layout(job.shape).views(node.memory.params)
         for name, view in views.items():
             view[...] = saved.model[name]
-        return _run_windows(node, predicted, length, stride, progress)
+        return _run_windows(node, sliding, progress)
     finally:
         if node is not None:
             node.close()
@@ -186,11 +201,9 @@ def _server(job: Job) -> Server:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _run_windows(
-    node: NodeZero, predicted: int, length: int, stride: int, progress: Progress | None
-) -> tuple[float, int, float]:
+def _run_windows(node: NodeZero, sliding: Sliding, progress: Progress | None) -> tuple[float, int, float]:
     """Commands of about a second each; losses are added in the order of the windows, as in training."""
-    memory, windows = node.memory, num_sliding_windows(predicted, length, stride)
+    memory, windows, predicted = node.memory, sliding.count, sliding.scored
     starts, lengths, firsts, hits = (
         memory.words(place, memory.sizes.num_windows)
         for place in (
@@ -206,7 +219,7 @@ def _run_windows(
         progress("score", 0, predicted)
     while done < windows:
         count = min(count, windows - done, memory.sizes.num_windows)
-        starts[:count], lengths[:count], firsts[:count] = sliding_windows(predicted, length, stride, done, done + count)
+        starts[:count], lengths[:count], firsts[:count] = sliding.windows(done, done + count)
         node.set_position(command, 0)  # each command is a step of its own to those who count deaths
         since = time.monotonic()
         node.do(M.EVALUATE, 0, count)
@@ -216,32 +229,38 @@ def _run_windows(
         correct += int(hits[:count].sum())
         done, command = done + count, command + 1
         if progress:
-            progress("score", min(predicted, (done - 1) * stride + length), predicted)
+            progress("score", min(predicted, (done - 1) * sliding.stride + sliding.block_size), predicted)
         count = max(node.job.workers, min(8 * count, int(count * COMMAND_S / max(seconds, 1e-6))))
     return total, correct, time.monotonic() - began
 
 
-def _bytes(tokenizer: Tokenizer, ids: Ids, predicted: int) -> int:
+def _bytes(tokenizer: Tokenizer, ids: Ids, sliding: Sliding) -> int:
     """Bytes of text of the predicted tokens; 0 where the tokenizer does not know."""
     token_bytes = tokenizer.token_bytes()
     if token_bytes is None:
         return 0
-    targets = ids[1 : predicted + 1]
-    parts = (targets[at : at + BYTES_CHUNK] for at in range(0, predicted, BYTES_CHUNK))
-    return sum(int(token_bytes[part].sum(dtype=np.int64)) for part in parts)
+    return sum(
+        int(token_bytes[ids[at + 1 : min(at + BYTES_CHUNK, last) + 1]].sum(dtype=np.int64))
+        for first, last in sliding.ranges()
+        for at in range(first, last, BYTES_CHUNK)
+    )
 
 
 class _Counting:
     """What counting alone reaches on the same tokens, found by a thread beside the windows; a daemon, for Ctrl+C."""
 
-    def __init__(self, text: ScoredText, predicted: int, vocab_size: int) -> None:
+    def __init__(self, text: ScoredText, sliding: Sliding, vocab_size: int) -> None:
         self._result: NgramLosses | None = None
         self._thread: threading.Thread | None = None
-        train, ids = text.train, text.ids[: predicted + 1]
+        train, ids = text.train, text.ids
         if train is not None:
 
             def count() -> None:
-                self._result = ngram_losses(train, ids[:-1], ids[1:], vocab_size)
+                ranges = list(sliding.ranges())
+                contexts, targets = (
+                    np.concatenate([ids[first + shift : last + shift] for first, last in ranges]) for shift in (0, 1)
+                )
+                self._result = ngram_losses(train, contexts, targets, vocab_size)
 
             self._thread = threading.Thread(target=count, daemon=True)
             self._thread.start()

@@ -24,7 +24,7 @@ OPTIONS = {
     "train": TRAIN,
     "prepare": "--tokenizer --vocab-size --out --val-fraction",
     "data": "",
-    "eval": "--checkpoint --stride --block-size --max-tokens --dtype --workers --json",
+    "eval": "--checkpoint --stride --block-size --max-tokens --all --dtype --workers --json",
     "generate": "--prompt --prompts --tokens --temperature --top-k --top-p --min-p --repetition-penalty --stop --seed"
     " --samples --beams --length-penalty --best --dtype --threads --json --checkpoint",
     "watch": "--plain --once --svg",

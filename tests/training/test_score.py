@@ -102,6 +102,23 @@ def test_the_whole_validation_part_by_blocks_has_the_numbers_of_training(which, 
     assert half.stride == block_size // 2 and half.tokens == one.tokens and half.loss != one.loss
 
 
+def test_the_default_is_bounded_as_an_evaluation_of_the_training_and_says_how_to_score_all(corpus, tmp_path):
+    run = train_whole(corpus, tmp_path / "run", steps=20, eval_tokens=800).run
+    expected = cs.Run(run).metrics("eval")[-1]
+    one = scoring.score(run, checkpoint="last", stride=8)
+    assert (one.loss, one.tokens, one.unigram_loss, one.bits_per_byte) == tuple(
+        expected[name] for name in ("val_loss", "tokens", "unigram_loss", "bits_per_byte")
+    )
+    assert one.tokens == 800 < one.text_tokens
+    whole = scoring.score(run, checkpoint="last", stride=8, whole=True)
+    assert whole.tokens == whole.text_tokens == one.text_tokens and whole.loss != one.loss
+    (tmp_path / "text.txt").write_text(text(200))
+    shown = command("eval", run, "text.txt", cwd=tmp_path)
+    assert "These are 804 of" in shown.stdout and "All of them: --all, about" in shown.stdout
+    with pytest.raises(InputError, match="--max-tokens 5 contradicts --all"):
+        scoring.score(run, max_tokens=5, whole=True)
+
+
 def test_the_runs_own_data_are_prepared_again_from_their_text_or_must_be_the_same(tmp_path):
     (tmp_path / "text.txt").write_text(text(300))
     run = train_whole(tmp_path / "text.txt", tmp_path / "run", steps=2, tokenizer="char").run
