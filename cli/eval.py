@@ -104,7 +104,8 @@ def _show(result: Score) -> None:
     if result.tokens < result.text_tokens:
         left_s = result.text_tokens / result.tokens_per_s
         lines.append(
-            f"These are {result.tokens:,} of {result.text_tokens:,} tokens. All of them: --all, about {duration(left_s)}."
+            f"These are {result.tokens:,} of {result.text_tokens:,} tokens. All of them: --all, about"
+            f" {duration(left_s)}."
         )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

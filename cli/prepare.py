@@ -78,6 +78,11 @@ def prepare(
     )
     skipped = describe_skipped(manifest["skipped"])
     validation = f"For validation: {prepared.share_text()}."
-    lines = [validation, *filter(None, [prepared.share_warning()]), *manifest["notes"], *(["Skipped: " + ", ".join(skipped) + "."] if skipped else [])]
+    lines = [
+        validation,
+        *filter(None, [prepared.share_warning()]),
+        *manifest["notes"],
+        *(["Skipped: " + ", ".join(skipped) + "."] if skipped else []),
+    ]
     for line in [*lines, f"Next: cllm-spheres train {out}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -115,7 +115,9 @@ class Prepared:
         cure = "Its documents cannot be dealt better."
         if self.manifest["version"] < folders.VERSION:
             cure = "It was prepared by an older version, which never cut a document: prepare the text again."
-        return f"{percent(self.val_share)} of the tokens are for validation, and {percent(asked)} were asked for. {cure}"
+        return (
+            f"{percent(self.val_share)} of the tokens are for validation, and {percent(asked)} were asked for. {cure}"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

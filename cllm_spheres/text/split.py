@@ -55,7 +55,7 @@ def _choose(
     slack = TOLERANCE * wanted
     is_large = (sizes > LARGE * total) & (val_fraction * sizes >= LEAST_BYTES)
     seen = 0
-    for d in np.flatnonzero(is_large):
+    for d in np.flatnonzero(is_large).tolist():
         seen += int(sizes[d])
         val_sizes[d] = _tail(reader, d, val_fraction * seen - int(val_sizes.sum()), slack)  # makes up for cuts before
     wanted -= int(val_sizes.sum())
@@ -70,7 +70,7 @@ def _choose(
     if abs(ends[count] - wanted) > slack:
         count = max(0, int(np.searchsorted(ends, wanted, "right")) - 1)
         if count < len(others):
-            cut = _tail(reader, others[count], wanted - ends[count], slack)
+            cut = _tail(reader, int(others[count]), wanted - ends[count], slack)
             val_sizes[others[count]] = cut
     chosen = others[:count]
     val_sizes[chosen] = sizes[chosen]

@@ -44,7 +44,9 @@ class Sliding:
         """Windows that score at most about so many tokens; all of them where the text has no more."""
         if tokens >= predictable or predictable < block_size:
             return cls(predictable, block_size, stride)
-        return cls(predictable, block_size, stride, min(max(1, tokens // stride), _whole(predictable, block_size, stride)))
+        return cls(
+            predictable, block_size, stride, min(max(1, tokens // stride), _whole(predictable, block_size, stride))
+        )
 
     @property
     def count(self) -> int:

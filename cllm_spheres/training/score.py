@@ -51,7 +51,8 @@ BYTES_CHUNK = 1 << 22  # targets whose bytes are added together
 class Score:
     """What a model says of a text. Losses are nats a token over `tokens` predicted tokens.
 
-    The text has `text_tokens` that can be predicted. bits_per_byte is None for word; the losses of counting alone are None but for the run's own validation part.
+    The text has `text_tokens` that can be predicted. bits_per_byte is None for word; the losses of counting alone are
+    None but for the run's own validation part.
     """
 
     run: str
@@ -83,8 +84,8 @@ def score(
 ) -> Score:  # fmt: skip
     """data: see `text_to_score`. checkpoint: as for `load`. stride: tokens from window to window, None: half a window.
 
-    dtype "auto": that in which the run was trained. max_tokens: predicted tokens at the beginning of the text; whole: all
-    of them; neither: windows evenly spread over the text, of as many tokens as an evaluation of the run's training has.
+    dtype "auto": that in which the run was trained. max_tokens: predicted tokens at the beginning of the text; whole:
+    all of them; neither: windows evenly spread over the text, of as many tokens as a training's evaluation.
     progress: told (stage, done, total), of the stage "score" in tokens; tell: told in sentences what else happens.
     InputError for bad input; SphereLost, NonFinite.
     """

@@ -200,7 +200,8 @@ class Trainer:
             f"{goes_on}{plural(job.workers, 'worker')}, {plural(job.spheres, 'sphere')}, batch {job.batch_size} x"
             f" {job.shape.block_size} tokens; {self.layout.num_parameters:,} parameters, vocabulary"
             f" {job.shape.vocab_size:,}; {len(self.prepared.train):,} tokens of text, {len(self.prepared.val):,} more"
-            f" ({percent(self.prepared.val_share)} of all) for validation; {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
+            f" ({percent(self.prepared.val_share)} of all) for validation;"
+            f" {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
         )
 
     def _estimate(self) -> None:

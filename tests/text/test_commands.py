@@ -63,7 +63,14 @@ def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
     assert f"Next: cllm-spheres train {tmp_path / 'out'}" in out
     code, out, error = run("data", tmp_path / "out")
     assert (code, error) == (0, "")
-    for words in ("documents", "bytes/token", "vocabulary 300, end of text 299", "1 binary", "spheres [red]", "of the tokens (10 % of the text"):
+    for words in (
+        "documents",
+        "bytes/token",
+        "vocabulary 300, end of text 299",
+        "1 binary",
+        "spheres [red]",
+        "of the tokens (10 % of the text",
+    ):
         assert words in out
     assert "\x1b[31m" not in out, "control characters of a text do not reach the terminal"
 

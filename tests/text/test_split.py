@@ -10,7 +10,7 @@ from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.split import LARGE, split_documents
 from tests.text.spooled import spooled, texts_of
 
-WORDS = "each sphere learns its own part of a text that all of them share, naïve or not".split()
+WORDS = ["each", "sphere", "learns", "its", "own", "part", "of", "a", "naïve", "text", "that", "all", "share"]
 
 
 def words(rng, size, lines):
@@ -27,7 +27,9 @@ def share_of(train, val):
     return val.size / (train.size + val.size)
 
 
-texts = st.lists(st.text(alphabet="ab.! \n\té球。", min_size=1, max_size=300).filter(str.strip), min_size=1, max_size=30)
+texts = st.lists(
+    st.text(alphabet="ab.! \n\té球。", min_size=1, max_size=300).filter(str.strip), min_size=1, max_size=30
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -46,7 +48,10 @@ def test_every_character_of_a_document_is_in_one_part(tmp_path_factory, document
 
 
 CORPORA = {
-    "one large document in one line among 150": [(1_000_000, False), *((size, True) for size in range(200, 20_000, 132))],
+    "one large document in one line among 150": [
+        (1_000_000, False),
+        *((size, True) for size in range(200, 20_000, 132)),
+    ],
     "forty small ones and one large": [*((500 + 60 * i, True) for i in range(40)), (400_000, True)],
     "thirty of about the same size": [(3000 + 100 * i, True) for i in range(30)],
     "three": [(2000, True), (30_000, False), (700, True)],

@@ -57,7 +57,9 @@ def test_a_choice_of_windows_scores_no_token_twice_and_about_as_many_as_wanted(s
     assert set(scored) <= set(range(predictable))
     assert tokens < predictable or len(scored) == predictable
     starts, lengths, firsts = sliding.windows(0, sliding.count)
-    assert scored == [row for s, n, first in zip(starts, lengths, firsts, strict=True) for row in range(s + first, s + n)]
+    assert scored == [
+        row for s, n, first in zip(starts, lengths, firsts, strict=True) for row in range(s + first, s + n)
+    ]
 
 
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 400))
