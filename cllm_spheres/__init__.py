@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cllm_spheres.errors import InputError, Interrupted, NonFinite, RunFailed, SphereLost, SpheresError
 
 if TYPE_CHECKING:
-    from cllm_spheres.api import Model, Run, Score, evaluate, load, train
+    from cllm_spheres.api import Model, Run, Score, evaluate, load, runs, train
 
 try:
     __version__ = version("cllm-spheres")
@@ -24,7 +24,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "InputError", "Interrupted", "Model", "NonFinite", "Run", "RunFailed", "Score", "SphereLost", "SpheresError",
-    "evaluate", "load", "train",
+    "evaluate", "load", "runs", "train",
 ]  # fmt: skip
 _LAZY = (
     "Model",
@@ -32,6 +32,7 @@ _LAZY = (
     "Score",
     "evaluate",
     "load",
+    "runs",
     "train",
 )  # numba and all the rest are imported when one of these is first used
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from cllm_spheres.training.hooks import Callback, Hooks
 from cllm_spheres.training.launch import Launch, signals_passed_on
 from cllm_spheres.training.score import Score, score
 
-__all__ = ["Model", "Run", "Score", "evaluate", "load", "train"]
+__all__ = ["Model", "Run", "Score", "evaluate", "load", "runs", "train"]
 
 Data = str | os.PathLike[str] | Iterable[os.PathLike[str]] | Iterable[str]
 
@@ -165,6 +165,17 @@ def evaluate(
         as_folder(run), as_path(data, "data"), checkpoint=checkpoint, stride=stride, block_size=block_size,
         workers=workers, dtype=dtype, max_tokens=max_tokens, whole=whole,
     )  # fmt: skip
+
+
+def runs(folder: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
+    """A flat record of each run in a folder, the one that changed last at the end: the rows of a table.
+
+    The fields are those of `cllm_spheres.watch.overview.Overview`: name, path, state, step, steps, loss, val_loss,
+    best_val_loss, tokens_per_s, total_tokens, size_bytes, changed. InputError where there is no such folder.
+    """
+    from cllm_spheres.watch.overview import overviews
+
+    return [asdict(overview) for overview in overviews(as_folder(folder, "folder"))]
 
 
 def attend(

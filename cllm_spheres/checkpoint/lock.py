@@ -71,3 +71,17 @@ class Lock:
 def lock(run: Path) -> Lock:
     """Lock an existing run folder. Raises InputError where it is held already or cannot be written."""
     return Lock(run)
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process has locked the run. Nothing is changed."""
+    try:
+        with (run / NAME).open("rb") as file:
+            if not file.read(1):  # released: nobody has to be asked
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

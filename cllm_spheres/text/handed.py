@@ -63,11 +63,11 @@ def as_path(path: Any, name: str) -> Path | None:
     return None if path is None else Path(path)
 
 
-def as_folder(run: str | os.PathLike[str]) -> Path:
-    """The folder of a run, which has to be given; InputError where it is no path."""
-    folder = as_path(run, "run")
+def as_folder(path: Any, name: str = "run") -> Path:
+    """A path that has to be given; InputError where it is none."""
+    folder = as_path(path, name)
     if folder is None:
-        raise InputError("run is None: give the folder of a run.")
+        raise InputError(f"{name} is None: give a path, as str or Path.")
     return folder
 
 
