@@ -137,11 +137,12 @@ def train(
             print(finished)
             return
         code, message = attend(launch.obey(replace(plan, profile=profile)), plain=plain or None)
+        folder = launch.run  # it may have been renamed meanwhile
     print(message, file=None if code == 0 else typer.get_text_stream("stderr"))
-    if profile and (plan.run / "profile.md").is_file():
-        print((plan.run / "profile.md").read_text())
+    if profile and (folder / "profile.md").is_file():
+        print((folder / "profile.md").read_text())
     if code == 0:
-        print(f"Let it write: cllm-spheres generate {plan.run}")
+        print(f"Let it write: cllm-spheres generate {folder}")
     raise typer.Exit(code)
 
 

@@ -23,6 +23,7 @@ def watch(
 
     Ctrl+C leaves; the run goes on.
     """
+    from cllm_spheres.checkpoint.held import Held
     from cllm_spheres.errors import InputError
     from cllm_spheres.watch import dashboard
     from cllm_spheres.watch.follow import Follower, find_run, follow
@@ -40,8 +41,10 @@ def watch(
             with Follower(run, plain=plain or None):
                 pass
         else:
-            records = run / "metrics.jsonl"
-            waiting = f"waiting for {records}"
-            follow(run, plain=plain or None, alive=lambda: True, status=lambda: "" if records.exists() else waiting)
+            folder = Held(run)  # this run, though it may be renamed and another take its name
+            records, waiting = folder.path / "metrics.jsonl", f"waiting for {run / 'metrics.jsonl'}"
+            follow(
+                folder.path, plain=plain or None, alive=lambda: True, status=lambda: "" if records.exists() else waiting
+            )
     except KeyboardInterrupt:
         pass

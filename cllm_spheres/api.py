@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.errors import InputError, Interrupted, RunFailed, nearest, shown
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.text.handed import as_folder, as_path, as_paths
@@ -121,8 +122,10 @@ def train(
         if finished:
             code, message = 0, finished
         else:
-            hooks.begin(launch, plan.run)
+            folder = Held(plan.run)  # what is followed is this run, though it may be renamed
+            hooks.begin(launch, folder.path)
             code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet, hooks=hooks)
+            plan = replace(plan, run=launch.run)
     if code == 130:
         if not quiet:
             print(message, file=sys.stderr)
@@ -198,7 +201,7 @@ def attend(
         if not quiet:
             try:
                 follow(
-                    launch.plan.run, plain=plain, alive=alive, status=lambda: launch.status, since=launch.began,
+                    launch.folder.path, plain=plain, alive=alive, status=lambda: launch.status, since=launch.began,
                     stop_when_ended=False, endings=False,
                 )  # fmt: skip
             except Exception as error:

@@ -33,6 +33,10 @@ class SphereLost(RunFailed):
     """A worker process ended or hung; the message names its spheres, the signal and the last checkpoint."""
 
 
+class FolderGone(RunFailed):
+    """The folder of a run was removed while the run went on: nothing can be saved any more."""
+
+
 class NonFinite(RunFailed):
     """A loss or a gradient was NaN or infinite."""
 

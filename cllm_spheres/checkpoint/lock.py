@@ -1,9 +1,10 @@
 """A run folder -> the right to change it, held by one process at a time.
 
-The lock is the kernel's (flock on RUN/lock) and ends with its holder, whatever way that ends. Programs that
-are started by exec do not inherit it, but a forked child shares it: each child must close `Lock.fileno()`
-first thing, or the run stays locked as long as the child lives. (Closing the descriptor in a child does not
-unlock; `release` there would.)
+The lock is the kernel's and ends with its holder, whatever way that ends: flock on RUN/lock, which holds the holder's
+process number, and on the folder itself, so that it stays locked where somebody deletes that file. (Some network file
+systems lock no folders; there the file alone counts.) Programs that are started by exec do not inherit it, but a forked
+child shares it: each child must close `Lock.descriptors` first thing, or the run stays locked as long as the child
+lives. (Closing them in a child does not unlock; `release` there would.)
 """
 
 from __future__ import annotations
@@ -24,39 +25,53 @@ class Lock:
 
     def __init__(self, run: Path) -> None:
         self.run = Path(run)
-        self._descriptor: int | None = None
-        path = self.run / NAME
+        self.descriptors: list[int] = []  # those that a forked child must close
+        path = self.run
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-        except OSError as error:
-            raise InputError(f"Cannot lock the run {run}: {path}: {error.strerror}.") from None
+            self.descriptors.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            folder_is_free = self._take_folder()
+            path = self.run / NAME
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self.descriptors.append(os.open(path, flags, 0o666))
+            if not (folder_is_free and self._take(self.descriptors[1])):
+                holder = os.pread(self.descriptors[1], 20, 0).split(b"\n")[0].decode("ascii", "replace") or "unknown"
+                raise InputError(
+                    f"A run is going on in {run} (pid {holder}): wait for its end, or choose another --run."
+                )
+            os.ftruncate(self.descriptors[1], 0)
+            os.pwrite(self.descriptors[1], f"{os.getpid()}\n".encode(), 0)
+        except BaseException as error:
+            for descriptor in self.descriptors:
+                os.close(descriptor)
+            if isinstance(error, OSError):
+                raise InputError(f"Cannot lock the run {run}: {path}: {error.strerror}.") from None
+            raise
+
+    def _take_folder(self) -> bool:
+        """Whether nobody else has locked the folder; where a file system locks no folders, nobody has."""
+        try:
+            return self._take(self.descriptors[0])
+        except OSError:
+            return True
+
+    @staticmethod
+    def _take(descriptor: int) -> bool:
+        """Whether the lock is ours now, and nobody else's."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError:
-            holder = os.pread(descriptor, 20, 0).split(b"\n")[0].decode("ascii", "replace") or "unknown"
-            os.close(descriptor)
-            raise InputError(
-                f"A run is going on in {run} (pid {holder}): wait for its end, or choose another --run."
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise InputError(f"Cannot lock the run {run}: {path}: {error.strerror}.") from None
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        """The descriptor that a forked child must close."""
-        assert self._descriptor is not None, "released"
-        return self._descriptor
+            return False
+        return True
 
     def release(self) -> None:
         """Unlock, for forked children that share it too. Repeating it does nothing."""
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
+        descriptors, self.descriptors = self.descriptors, []
+        if descriptors:
             with contextlib.suppress(OSError):  # a full disk does not keep a run locked
-                os.ftruncate(descriptor, 0)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+                os.ftruncate(descriptors[1], 0)
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):  # a folder that cannot be locked
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def __enter__(self) -> Lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from cllm_spheres.checkpoint import tensors
 from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
+from cllm_spheres.checkpoint.lock import NAME as LOCK
+from cllm_spheres.checkpoint.lock import lock
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
@@ -30,6 +32,7 @@ from cllm_spheres.training.soft_targets import check_loss
 from cllm_spheres.training.start import check_start
 from cllm_spheres.units import plural
 
+CONFIG_TOML = "config.toml"
 MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
 COUNTERS = ("applied", "total_tokens", "evaluated", "best_step", "worse")  # that a resume takes from the state
@@ -61,13 +64,13 @@ class Plan:
         return {key: getattr(self.config, key) for key in ("workers", "steps", "warmup", "early_stop")}
 
 
-def new_name(preset: str | None) -> Path:
-    """runs/NAME that does not exist yet: the preset and the time."""
+def new_names(preset: str | None) -> Iterator[Path]:
+    """runs/NAME that do not exist yet, of the preset and the time: another process may take the first meanwhile."""
     name = time.strftime(f"{preset or 'run'}-%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         path = Path("runs") / (name + suffix)
         if not path.exists():
-            return path
+            yield path
     raise InputError("runs/ is full of runs of this very second.")
 
 
@@ -80,8 +83,8 @@ def check_new(run: Path) -> None:
 
 
 def _check_place(run: Path) -> None:
-    if run.exists() and (not run.is_dir() or any(entry.name != NEW_CONFIG for entry in run.iterdir())):
-        hint = f"Continue it with: cllm-spheres train --resume --run {run}. Or" * (run / "config.toml").exists()
+    if run.exists() and (not run.is_dir() or any(entry.name not in (NEW_CONFIG, LOCK) for entry in run.iterdir())):
+        hint = f"Continue it with: cllm-spheres train --resume --run {run}. Or" * (run / CONFIG_TOML).exists()
         raise InputError(f"{run} exists already. {hint or 'Please'} give another --run.")
     folder = run
     while not folder.exists():
@@ -101,22 +104,50 @@ def check_name(path: Path) -> None:
         raise InputError(f"The name {name!r} is not UTF-8, so that config.toml cannot hold it. Rename it.") from None
 
 
-def create(run: Path, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
-    """Make the folder with its config.toml; nothing is left where that fails. origin: as for `write_config`."""
-    check_new(run)
+def create(run: Path | None, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> Path:
+    """Make the folder with its config.toml, and return it; nothing is left where that fails.
+
+    run: None is a new folder in runs/. origin: as for `write_config`. InputError where another process is just making
+    a run there.
+    """
     check_name(prepared.folder)
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]  # the deepest first
+    if run is not None:
+        check_new(run)
+    for path in new_names(config.preset) if run is None else [run]:
+        made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                made.insert(0, path)
+            if run is None and path not in made:
+                continue  # another run of this very second has just taken the name
+            with lock(path):
+                _fill(path, path in made, config, prepared, origin)
+        except (OSError, InputError) as error:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # where it is empty
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} cannot be made: {error.strerror}. Give another --run.") from None
+        for folder in {path, *(folder.parent for folder in made)}:
+            with contextlib.suppress(OSError):  # one that may not be read cannot be synced
+                Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
+        break
+    return path
+
+
+def _fill(run: Path, is_new: bool, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
+    """Write config.toml into a folder that is locked; where that fails, a new folder is empty as before."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        check_new(run)  # another process may have made a run here just before the lock was taken
         write_config(run, config, prepared, origin)
-    except OSError as error:
-        for folder in made:
+    except (OSError, InputError):
+        if is_new:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # write_config leaves nothing in it
-        raise InputError(f"{run} cannot be made: {error.strerror}. Give another --run.") from None
-    for folder in {run, *(folder.parent for folder in made)}:
-        with contextlib.suppress(OSError):  # one that may not be read cannot be synced
-            Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
+                (run / LOCK).unlink()
+        raise
 
 
 def write_config(run: Path, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
@@ -133,7 +164,7 @@ def write_config(run: Path, config: Config, prepared: Prepared, origin: Mapping[
             file.write(to_toml(config.model_copy(update={"stop_at": None, "epochs": None}), extra))
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(run / "config.toml")
+        temporary.replace(run / CONFIG_TOML)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -148,7 +179,7 @@ def change_config(run: Path, config: Config, prepared: Prepared) -> None:
 def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run, and where its data are; InputError where it is no run."""
     try:
-        found = (run / "config.toml").is_file()
+        found = (run / CONFIG_TOML).is_file()
     except OSError as error:
         raise InputError(f"Cannot read {run}: {error.strerror}.") from None
     if not found:
@@ -161,7 +192,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
                 f" own: cllm-spheres train DATA --from {run}"
             )
         raise InputError(f"{run} is not a run: it has no config.toml.{hint}")
-    values = read_toml(run / "config.toml")
+    values = read_toml(run / CONFIG_TOML)
     data = {key: values.pop(key, None) for key in DATA_KEYS}
     missing = [key for key in DECIDED if key not in values]
     missing += [key for key in ("data", "data_fingerprint") if not data[key]]

@@ -16,8 +16,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.config import DEFAULT_PRESET, PRESETS
 from cllm_spheres.errors import InputError
 from cllm_spheres.limits import check_address_space, raised_files
@@ -38,6 +40,7 @@ class Launch:
     """
 
     plan: Plan
+    folder: Held  # the run's
     began: float  # Unix time of the order
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
@@ -73,11 +76,18 @@ class Launch:
             self.process.kill()
             self.process.communicate()
 
+    @property
+    def run(self) -> Path:
+        """The folder of the run as it is called now: somebody may have renamed it."""
+        return self.folder.name
+
     def obey(self, plan: Plan) -> Launch:
         """Have Node Zero train this plan."""
+        self.folder = Held(plan.run)
         self.plan, self._obeys, self.began = plan, True, time.time()
         order = {
-            "run": str(plan.run), "data": str(plan.prepared.folder), "changes": plan.changes, "resume": plan.resume,
+            "run": str(self.run), "folder": self.folder.identity, "data": str(plan.prepared.folder),
+            "changes": plan.changes, "resume": plan.resume,
             "exact": plan.exact, "stop_at": plan.stop_at, "launcher": os.getpid(),
             "profile": plan.profile, "faults": plan.faults, "notes": plan.notes,
         }  # fmt: skip
@@ -122,15 +132,15 @@ class Launch:
         if 128 <= code < 160:
             return (
                 code,
-                f"Left at once. Go on from the last checkpoint: cllm-spheres train --resume --run {self.plan.run}",
+                f"Left at once. Go on from the last checkpoint: cllm-spheres train --resume --run {self.run}",
             )
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         said = "".join(self._errors).strip()
-        saved = any(self.plan.run.glob("checkpoints/step-*"))
+        saved = any(self.folder.path.glob("checkpoints/step-*"))
         return 1, (
             f"Node Zero (pid {self.process.pid}) {how}."
             f" {'Go on from the last checkpoint' if saved else 'No checkpoint had been saved. Begin anew'}:"
-            f" cllm-spheres train --resume --run {self.plan.run}" + (f"\nIt said:\n{said}" if said else "")
+            f" cllm-spheres train --resume --run {self.run}" + (f"\nIt said:\n{said}" if said else "")
         )
 
 

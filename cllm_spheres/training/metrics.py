@@ -27,14 +27,17 @@ class Metrics:
     What a full disk does not take waits in memory, and is written when it can be.
     """
 
-    def __init__(self, path: Path, *, total_tokens: int = 0, status: Callable[[str], None] = lambda text: None) -> None:
-        """status: told when the disk refuses, and "" when it takes again."""
+    def __init__(
+        self, path: Path, *, status: Callable[[str], None] = lambda text: None, said: Callable[[str], str] = str
+    ) -> None:
+        """status: told when the disk refuses, and "" when it takes again. said: makes paths in events readable."""
         self.path = path
+        self._said = said
         self._status, self._refused = status, ""
         self._told_at, self._tell_after_s = 0.0, 0.0
         self._waiting = bytearray()
         self._lock = threading.Lock()
-        self.total_tokens = total_tokens
+        self.total_tokens = 0
         self.skipped = 0
         self._previous_end_ns = time.monotonic_ns()
         try:
@@ -83,7 +86,8 @@ class Metrics:
 
     def event(self, name: str, message: str, step: int, **fields: Any) -> None:
         """Append an event; where the disk refuses it, its message is told like a status."""
-        self.write(event(name, message, step=step, time=time.time(), **fields))
+        fields = {key: self._said(value) if isinstance(value, str) else value for key, value in fields.items()}
+        self.write(event(name, self._said(message), step=step, time=time.time(), **fields))
         if self._refused:
             self._status(message)
 

@@ -14,12 +14,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm_spheres.errors import Interrupted, RunFailed, SpheresError
+from cllm_spheres.errors import FolderGone, InputError, Interrupted, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.units import plural
 
 if TYPE_CHECKING:
     from cllm_spheres.checkpoint.checkpoint import Checkpoint
+    from cllm_spheres.checkpoint.held import Held
     from cllm_spheres.training.trainer import Trainer
 
 
@@ -34,58 +35,73 @@ def say(**message: Any) -> None:
 
 def run_training(server: Server) -> dict[str, Any]:
     """Train as ordered; the outcome: exit code and message."""
+    from cllm_spheres.checkpoint.held import Held
     from cllm_spheres.checkpoint.lock import lock
+
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return {"code": 0, "message": "There was nothing to do."}
+    order = json.loads(line)
+    run = Held(Path(order["run"]))  # whatever its name becomes, this run writes into this folder and no other
+    try:
+        if run.identity != order["folder"]:
+            raise InputError(f"{run.name} is another folder now than the one that was made for this run.")
+        with lock(run.path):
+            outcome = _train(run, order, server)
+    except SpheresError as error:
+        outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
+    return outcome | {"message": run.said(outcome["message"])}
+
+
+def _train(run: Held, order: dict[str, Any], server: Server) -> dict[str, Any]:
+    """Train in the folder, which is locked."""
     from cllm_spheres.config import build
     from cllm_spheres.text.prepared import Prepared
     from cllm_spheres.training.beginning import beginning
     from cllm_spheres.training.folder import newest_checkpoint, read_config, write_config
     from cllm_spheres.training.trainer import Trainer
 
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return {"code": 0, "message": "There was nothing to do."}
-    order = json.loads(line)
-    run = Path(order["run"])
-    with lock(run):
-        config, where = read_config(run)
-        prepared = Prepared.open(order["data"] or where["data"])
-        steps_before = config.steps
-        config = build(config.model_dump() | order["changes"])
-        checkpoint, refused = newest_checkpoint(run, config) if order["resume"] else (None, [])
-        source = None if checkpoint else beginning(run, config, where)
-        trainer = Trainer(
-            run, config, prepared, source=source, stop_at=order["stop_at"], launcher=order["launcher"],
-            profile=order["profile"], faults=order["faults"], notes=order["notes"],
-            status=lambda text: say(status=text), server=server,
+    config, where = read_config(run.path)
+    prepared = Prepared.open(order["data"] or where["data"])
+    steps_before = config.steps
+    config = build(config.model_dump() | order["changes"])
+    checkpoint, refused = newest_checkpoint(run.path, config) if order["resume"] else (None, [])
+    source = None if checkpoint else beginning(run.path, config, where)
+    trainer = Trainer(
+        run, config, prepared, source=source, stop_at=order["stop_at"], launcher=order["launcher"],
+        profile=order["profile"], faults=order["faults"], notes=order["notes"],
+        status=lambda text: say(status=run.said(text)), server=server,
+    )  # fmt: skip
+    at = checkpoint.step if checkpoint else 0
+    for reason in refused:
+        trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
+    if order["resume"]:
+        write_config(run.path, config, prepared, where)
+    if config.steps != steps_before:
+        trainer.metrics.event(
+            "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,
+            steps=config.steps,
         )  # fmt: skip
-        at = checkpoint.step if checkpoint else 0
-        for reason in refused:
-            trainer.metrics.event("refused", f"A checkpoint was refused: {reason}", at)
-        if order["resume"]:
-            write_config(run, config, prepared, where)
-        if config.steps != steps_before:
-            trainer.metrics.event(
-                "replan", f"The schedule now ends at step {config.steps:,} instead of {steps_before:,}.", at,
-                steps=config.steps,
-            )  # fmt: skip
-        outcome = _outcome(trainer, checkpoint, order["exact"])
-        try:
-            trainer.metrics.finish()
-        except RunFailed as error:
-            outcome = {"code": outcome["code"] or 1, "message": f"{outcome['message']}\n{error} They are lost."}
-        return outcome
+    outcome = _outcome(trainer, checkpoint, order["exact"])
+    try:
+        trainer.metrics.finish()
+    except RunFailed as error:
+        outcome = {"code": outcome["code"] or 1, "message": f"{outcome['message']}\n{error} They are lost."}
+    return outcome
 
 
 def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> dict[str, Any]:
     """Train to the end, whichever it is, and write down how it came."""
-    run, store = trainer.run, trainer.keeper.store
-    go_on = f"Go on with: cllm-spheres train --resume --run {run}"
+    store = trainer.keeper.store
+    go_on = f"Go on with: cllm-spheres train --resume --run {trainer.run}"
     try:
         reason = trainer.train(checkpoint, exact=exact)
     except Interrupted as error:
         with contextlib.suppress(RunFailed):  # a full disk: what is saved is saved
             trainer.metrics.event("end", f"{error} {go_on}", trainer.step, reason="signal")
         return {"code": error.exit_code, "message": f"{error}\n{go_on}"}
+    except FolderGone as error:
+        return {"code": error.exit_code, "message": f"FolderGone: {error}"}
     except SpheresError as error:
         last = max(store.steps(), default=None)
         saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {store.path(last)}."
@@ -98,8 +114,8 @@ def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> di
     if reason == "early_stop":
         evaluations = plural(trainer.progress.stale, "evaluation")
         ended = f"Stopped early at step {trainer.step:,}: no better validation loss for {evaluations}"
-    trainer.metrics.event("end", f"{ended}: {run}", trainer.step, reason=reason, path=str(path))
-    return {"code": 0, "message": f"{ended}. The run is in {run}"}
+    trainer.metrics.event("end", f"{ended}: {trainer.run}", trainer.step, reason=reason, path=str(path))
+    return {"code": 0, "message": f"{ended}. The run is in {trainer.run}"}
 
 
 def main() -> None:

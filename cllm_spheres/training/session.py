@@ -117,8 +117,8 @@ def new_run(
             raise InputError(f"--init {config.init} contradicts --from, whose weights come first. Leave one out.")
     check_shape(config)
     places(config, given)
-    run = run or folder.new_name(config.preset)
-    folder.check_new(run)
+    place = run or next(folder.new_names(config.preset))
+    folder.check_new(place)
     text = minimal_text() if data is None and config.preset == "minimal" else data
     if isinstance(text, Path):
         folder.check_name(text)
@@ -128,9 +128,9 @@ def new_run(
         raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
     resolved = resolve(config, given, prepared)
     chosen = _faults(faults, resolved, config.stop_at)
-    notes = check_start(resolved, prepared, run) + (source.notes if source else ())
+    notes = check_start(resolved, prepared, place) + (source.notes if source else ())
     notes = (*filter(None, [prepared.share_warning()]), *notes)
-    folder.create(run, resolved, prepared, {"text": _raw(text), **origin_of(source)})
+    run = folder.create(run, resolved, prepared, {"text": _raw(text), **origin_of(source)})
     return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 
 

@@ -11,12 +11,12 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, replace
-from pathlib import Path
 
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
+from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.checkpoint.store import SaveFailed
 from cllm_spheres.config import Config
-from cllm_spheres.errors import InputError, Interrupted, NonFinite, RunFailed
+from cllm_spheres.errors import FolderGone, InputError, Interrupted, NonFinite, RunFailed
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.faults import parse
 from cllm_spheres.machine import usable_cores
@@ -28,7 +28,7 @@ from cllm_spheres.spheres.serving import Server
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.control import Control, Wish
 from cllm_spheres.training.evaluation import Windows
-from cllm_spheres.training.folder import change_config
+from cllm_spheres.training.folder import CONFIG_TOML, change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
 from cllm_spheres.training.nonfinite import explain_nonfinite
@@ -50,12 +50,13 @@ class Trainer:
     """One run from its first or next step to its end."""
 
     def __init__(
-        self, run: Path, config: Config, prepared: Prepared, *, source: Source | None, stop_at: int | None,
+        self, run: Held, config: Config, prepared: Prepared, *, source: Source | None, stop_at: int | None,
         launcher: int, profile: bool, faults: list[str], notes: list[str], status: Callable[[str], None],
         server: Server | None = None,
     ) -> None:  # fmt: skip
         """source: the model to begin from. notes: sentences on what will make the run slow here, to be told."""
-        self.run, self.config, self.prepared, self.source, self.notes = run, config, prepared, source, notes
+        self.folder, self.run = run, run.path
+        self.config, self.prepared, self.source, self.notes = config, prepared, source, notes
         self._status = status
         assert config.steps is not None and config.eval_every is not None and config.save_every is not None
         assert config.eval_tokens is not None
@@ -65,19 +66,19 @@ class Trainer:
         self.layout = Layout(job.shape)
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
-        self.metrics = Metrics(run / "metrics.jsonl", status=status)
+        self.metrics = Metrics(self.run / "metrics.jsonl", status=status, said=run.said)
         job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)])
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
         self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
-        self.keeper = Keeper(run, self.layout, config, prepared, self.node_zero, self.metrics)
+        self.keeper = Keeper(self.run, self.layout, config, prepared, self.node_zero, self.metrics)
         self._said_stopping = False
         self._asked = False  # another process has asked for the end
         self._begins_trained = source is not None  # step 0 may be the best then
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._pause)
-        self.control = Control(run, self._pause)
+        self.control = Control(self.run, self._pause)
 
     @property
     def step(self) -> int:
@@ -111,7 +112,7 @@ class Trainer:
 
     def _end(self) -> str:
         """All steps are done: wait for what is still being saved."""
-        self.keeper.finish()
+        self._finish_saving()
         if left := self.node_zero.faults.left:
             self.metrics.event("unfired", f"These faults did not happen: {', '.join(left)}.", self.step, faults=left)
         if self.step >= self.steps:
@@ -125,6 +126,8 @@ class Trainer:
     def _save_what_is_whole(self, error: BaseException) -> None:
         """The run fails: end the workers, and save the last step that is whole, where that can be."""
         self.node_zero.kill()
+        if isinstance(error, FolderGone):
+            return
         worth_it = isinstance(error, RunFailed) and not isinstance(error, NonFinite | SaveFailed)
         if worth_it and self.node_zero.close_gate():
             self.progress.step = self.metrics.steps(self.node_zero, self.step)
@@ -247,6 +250,7 @@ class Trainer:
     def _watch(self) -> None:
         self.progress.step = self.metrics.steps(self.node_zero, self.step)
         self.metrics.check()
+        self._check_folder()
         if record := self.sampler.sample(self.step):
             self.metrics.write(record)
         self.node_zero.check()
@@ -317,6 +321,25 @@ class Trainer:
                 self.step, best_step=progress.best_step, best_loss=progress.best_loss,
             )  # fmt: skip
         return False
+
+    def _finish_saving(self) -> None:
+        """Wait until all is saved. SaveFailed where the disk does not take it, FolderGone where nothing is left."""
+        try:
+            self.keeper.finish()
+        finally:
+            self._check_folder()
+
+    def _check_folder(self) -> None:
+        """FolderGone where the run was removed; a folder that was renamed is still this run's."""
+        try:
+            (self.run / CONFIG_TOML).stat()
+        except FileNotFoundError:
+            raise FolderGone(
+                f"The run was removed while it went on: {self.run} has no {CONFIG_TOML} any more. It ended at step"
+                f" {self.step:,}, which is not saved."
+            ) from None
+        except OSError:  # a disk that cannot be read is told by whoever writes to it
+            pass
 
     # ---- what others ask for
 
@@ -389,7 +412,7 @@ class Trainer:
             self.node_zero.kill()
         if self.step and self.progress.saved != self.step:
             self.keeper.save(self.progress, last=True)
-        self.keeper.finish()
+        self._finish_saving()
         number = self.wishes.number
         saved = f"Saved step {self.step:,}." if self.step else "No step was finished yet."
         raise Interrupted(f"Stopped by {self.wishes.name}. {saved}", number)

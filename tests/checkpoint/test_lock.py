@@ -1,5 +1,7 @@
 """One process at a time changes a run."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -27,6 +29,12 @@ def hold(run):
     return child
 
 
+def forget(held):
+    """Close its descriptors, as the end of this process would."""
+    while held.descriptors:
+        os.close(held.descriptors.pop())
+
+
 def test_a_second_run_into_one_folder_is_refused_and_told_the_pid(run):
     with lock(run), pytest.raises(InputError, match=rf"A run is going on in {run} \(pid {os.getpid()}\)"):
         lock(run)
@@ -39,6 +47,29 @@ def test_a_killed_holder_leaves_no_lock(run):
         lock(run)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    lock(run).release()
+
+
+def test_a_run_stays_locked_where_the_file_of_its_lock_is_deleted(run):
+    with lock(run):
+        (run / "lock").unlink()
+        with pytest.raises(InputError, match="A run is going on in"):
+            lock(run)
+        with pytest.raises(InputError, match="A run is going on in"):  # the file is there again, and says nobody
+            lock(run)
+    lock(run).release()
+
+
+def test_the_file_alone_counts_where_a_file_system_locks_no_folders(run, monkeypatch):
+    def flock(descriptor, operation):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # as NFS does for what is open for reading alone
+        real(descriptor, operation)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+        lock(run)
     lock(run).release()
 
 
@@ -57,7 +88,8 @@ def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
     child = os.fork()
     if child == 0:
         if closes:
-            os.close(held.fileno())
+            for descriptor in held.descriptors:
+                os.close(descriptor)
         os.write(say, b"x")
         signal.pause()
     os.read(ready, 1)
@@ -67,8 +99,7 @@ def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
         if closes:
             with pytest.raises(InputError):  # closing in the child did not unlock
                 lock(run)
-        os.close(held._descriptor)  # as the end of this process would
-        held._descriptor = None
+        forget(held)
         if closes:
             lock(run).release()
         else:
@@ -89,8 +120,7 @@ def test_a_program_started_by_exec_does_not_keep_the_lock(run):
     )
     try:
         program.stdout.readline()  # it has been started by now
-        os.close(held._descriptor)
-        held._descriptor = None
+        forget(held)
         lock(run).release()
     finally:
         program.communicate(b"\n")

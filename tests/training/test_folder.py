@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER
+from cllm_spheres.checkpoint.lock import lock
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.inference.model import load
@@ -75,6 +77,25 @@ def test_a_name_that_is_too_long_is_refused(run, char_corpus, tmp_path):
     ):
         with pytest.raises(InputError, match="File name too long"):
             act()
+
+
+def test_runs_without_a_name_that_begin_in_the_same_second_have_different_names(char_corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder.time, "strftime", lambda form: "now")
+    plan = session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=None, file=None)
+    assert plan.run == Path("runs/now")
+    assert session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=None, file=None).run == Path("runs/now-2")
+    monkeypatch.setattr(folder, "new_names", lambda preset: iter([plan.run, Path("runs/now-3")]))  # "now" seemed free
+    assert folder.create(None, plan.config, plan.prepared, {}) == Path("runs/now-3")
+    assert folder.read_config(plan.run)[0] == plan.config
+
+
+def test_two_runs_of_one_name_are_not_made_at_once(char_corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"), pytest.raises(InputError, match="A run is going on in"):  # the other is being made
+        session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=tmp_path / "run", file=None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=tmp_path / "run", file=None)  # it was given up
 
 
 @pytest.mark.parametrize("name", ["\U0001f600", "\x7f", 'a"b'])
