@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.errors import InputError, Interrupted, RunFailed, nearest, shown
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.text.handed import as_folder, as_path, as_paths
@@ -122,8 +121,7 @@ def train(
         if finished:
             code, message = 0, finished
         else:
-            folder = Held(plan.run)  # what is followed is this run, though it may be renamed
-            hooks.begin(launch, folder.path)
+            hooks.begin(launch, plan.run)
             code, message = attend(launch.obey(replace(plan, profile=profile)), plain=True, quiet=quiet, hooks=hooks)
             plan = replace(plan, run=launch.run)
     if code == 130:

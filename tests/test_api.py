@@ -190,6 +190,7 @@ def test_callbacks_of_another_kind_are_refused_in_words(tmp_path):
 def test_quiet_is_quiet_after_ctrl_c(monkeypatch, capfd):
     class NoLaunch(contextlib.nullcontext):
         obey = __enter__ = lambda self, plan=None: self
+        run = Path("run")
 
     monkeypatch.setattr(api, "Launch", NoLaunch)
     monkeypatch.setattr(api, "attend", lambda *_, **__: (130, "saved"))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.errors import InputError, SpheresError, shown
 from cllm_spheres.events import Record, Tail
 from cllm_spheres.training.control import ask
@@ -47,9 +48,10 @@ class Hooks:
 
     def begin(self, launch: Launch, run: Path) -> None:
         """Follow this run from now on; what it has written before is left out."""
-        self._launch, self._run, self._tail = launch, run, Tail(run / "metrics.jsonl")
-        self._tail.skip()
         if self._callbacks:
+            self._launch, self._folder = launch, Held(run)  # it may be renamed while it goes on
+            self._tail = Tail(self._folder.path / "metrics.jsonl")
+            self._tail.skip()
             threading.Thread(target=self._ask, daemon=True).start()
 
     def poll(self) -> bool:
@@ -88,7 +90,7 @@ class Hooks:
             wish = self._wishes.get()
             while self._launch.alive:
                 try:
-                    ask(self._run, {wish: True})
+                    ask(self._folder.path, {wish: True})
                 except SpheresError:  # it still starts, or another wish is under way, or it has just ended
                     time.sleep(AGAIN_S)
                 else:
