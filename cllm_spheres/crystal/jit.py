@@ -66,7 +66,7 @@ def _cache_folder() -> Path:
         sys.version,
         cpu.cpu_name(),
         cpu.cpu_features(),
-        os.environ.get(cpu.GEMM_VARIABLE, ""),
+        cpu.gemm_backend(),
         str(cpu.bf16_backend()),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]

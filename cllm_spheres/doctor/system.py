@@ -62,12 +62,11 @@ def look_at_cpu() -> Answer:
     """The features that matter and what the kernels make of them."""
     from cllm_spheres.crystal import cpu
 
-    features = {"AVX2": ("avx2", "fma"), "AVX-512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
-                "AVX512-BF16": ("avx512bf16",), "AMX": ("amx-tile", "amx-bf16")}  # fmt: skip
-    has = [name for name, needed in features.items() if cpu.has(*needed)]
+    has = [level.title for level in cpu.LEVELS.values() if cpu.has(*level.needs)]
     fp32, bf16 = cpu.gemm_backend(), cpu.bf16_backend()
+    held = f", held to that by {cpu.CPU_VARIABLE}" if cpu.cap() else ""
     found = (
-        f"{cpu.cpu_name()} with {', '.join(has) or 'none of ' + ', '.join(features)}:"
+        f"{cpu.cpu_name()} with {', '.join(has) or 'no vectors that the kernels know'}{held}:"
         f" float32 by {'our AVX-512 tiles' if fp32 == 'avx512' else 'OpenBLAS'},"
         f" bfloat16 {'not possible' if bf16 is None else 'by ' + ('AMX' if bf16 == 'amx' else 'AVX-512')}"
     )

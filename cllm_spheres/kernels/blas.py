@@ -12,7 +12,6 @@ import os
 
 import llvmlite.binding as llvm
 import numpy as np
-import scipy_openblas32
 from numba import types
 
 from cllm_spheres.crystal.cpu import has
@@ -23,15 +22,21 @@ _ROW_MAJOR, _PLAIN, _TRANSPOSED = np.int32(101), np.int32(111), np.int32(112)
 _i32, _f32, _address = types.int32, types.float32, types.intp
 
 
+# OpenBLAS's names for its kernels, the widest vectors first, and what a CPU needs for them.
+_CORE_TYPES = {
+    "SkylakeX": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"),
+    "Haswell": ("avx2", "fma"),
+    "Sandybridge": ("avx",),
+    "Nehalem": ("sse4.2",),
+}
+
+
 def _core_type() -> str | None:
     """OpenBLAS's name for the kernels that fit this CPU's vectors; None leaves the choice to OpenBLAS."""
-    if has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"):
-        return "SkylakeX"
-    return "Haswell" if has("avx2", "fma") else None
+    return next((name for name, needed in _CORE_TYPES.items() if has(*needed)), None)
 
 
 def _load() -> ctypes.CDLL:
-    path = os.path.join(scipy_openblas32.get_lib_dir(), f"lib{scipy_openblas32.get_library()}.so")
     # Read once, while the library loads. One thread: no idle ones are started. The core type: the same kernels on
     # every CPU with the same vector width, so that a run's bits survive a move between them; the user's own wins.
     wanted = {"OPENBLAS_NUM_THREADS": "1"}
@@ -40,13 +45,16 @@ def _load() -> ctypes.CDLL:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        library = ctypes.CDLL(path)
+        import scipy_openblas32  # some versions load the library here, others leave that to us
+
+        folder, name = scipy_openblas32.get_lib_dir(), scipy_openblas32.get_library()
+        library = ctypes.CDLL(os.path.join(folder, f"lib{name}.so"))
     finally:
-        for name, value in before.items():
+        for variable, value in before.items():
             if value is None:
-                del os.environ[name]
+                del os.environ[variable]
             else:
-                os.environ[name] = value
+                os.environ[variable] = value
     library.scipy_openblas_set_num_threads(1)
     llvm.add_symbol("cllm_spheres_sgemm", ctypes.cast(library.scipy_cblas_sgemm, ctypes.c_void_p).value)
     return library
