@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check faults conformance harness install
+.PHONY: train test test-backends check faults conformance harness install
 
 train: .venv/installed
 	$(BIN)/cllm-spheres train --preset small --steps 1500
@@ -10,6 +10,11 @@ train: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# All tests once for each lesser CPU that this one can be taken for, such as one that has AVX2 and no AVX-512.
+test-backends: .venv/installed-dev
+	for level in $$($(BIN)/python -m cllm_spheres.crystal.cpu | head -n -1); do \
+		echo "CLLM_SPHERES_CPU=$$level" && CLLM_SPHERES_CPU=$$level $(BIN)/python -m pytest || exit 1; done
 
 # The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.
 faults: .venv/installed-dev
