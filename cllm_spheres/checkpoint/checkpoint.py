@@ -15,12 +15,24 @@ import numpy as np
 
 from cllm_spheres.checkpoint import tensors
 from cllm_spheres.checkpoint.files import MANIFEST, Damaged, parse, read_bytes, read_manifest, verify
-from cllm_spheres.errors import shown
+from cllm_spheres.errors import InputError, shown
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, CONFIG, TOKENIZER = "state.json", "config.json", "tokenizer.json"
 FILES = (MODEL, OPTIMIZER, STATE, TOKENIZER, CONFIG)
+WEIGHTS_ONLY = {*FILES} - {OPTIMIZER}  # what `cllm-spheres prune --weights-only` leaves
 STEP = re.compile(r"step-([0-9]{8,18})")
+
+
+class NoOptimizer(InputError):
+    """A checkpoint that holds the weights alone, where a run was to go on from it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"The checkpoint {path} holds the weights alone: `cllm-spheres prune --weights-only` has removed the"
+            f" moments of the optimizer ({OPTIMIZER}), without which a run cannot go on. Train the weights further in a"
+            f" new run: cllm-spheres train DATA --from {path.parent.parent} --run NEW"
+        )
 
 
 class Checkpoint:
@@ -29,21 +41,24 @@ class Checkpoint:
     def __init__(self, path: Path, optimizer: bool = True) -> None:
         """Verify the checkpoint in the folder `path`. Raises Damaged.
 
-        Without `optimizer` only the size of that file is looked at, until `optimizer` is asked for.
+        Without `optimizer` only the size of that file is looked at, until `optimizer` is asked for. NoOptimizer where
+        it is asked for and has been removed.
         """
         manifest = read_manifest(path)
         self._entries: dict[str, dict[str, Any]] = manifest["files"]
         self.path = path
         self.step: int = manifest["step"]
         self.tokenizer_path = path / TOKENIZER
-        if set(self._entries) != set(FILES):
+        if set(self._entries) not in (set(FILES), WEIGHTS_ONLY):
             raise Damaged(path, f"{MANIFEST} names {shown(list(self._entries))}; expected {', '.join(FILES)}")
         named = STEP.fullmatch(path.name)
         if named is not None and int(named[1]) != self.step:
             raise Damaged(path, f"{MANIFEST} is of step {self.step}, the folder's name says {int(named[1])}")
-        for name in FILES:  # sizes first: they are cheap
+        for name in self._entries:  # sizes first: they are cheap
             verify(path, name, self._entries[name], contents=False)
-        for name in FILES:
+        if optimizer and OPTIMIZER not in self._entries:
+            raise NoOptimizer(path)
+        for name in self._entries:
             if optimizer or name != OPTIMIZER:
                 verify(path, name, self._entries[name])
         tensors.check(path, MODEL, only="F32")
@@ -69,6 +84,8 @@ class Checkpoint:
 
     def optimizer_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """The optimizer's tensors, one at a time."""
+        if OPTIMIZER not in self._entries:
+            raise NoOptimizer(self.path)
         if not self._optimizer_verified:
             verify(self.path, OPTIMIZER, self._entries[OPTIMIZER])
             tensors.check(self.path, OPTIMIZER)
@@ -81,7 +98,8 @@ def looks_whole(path: Path) -> bool:
     try:
         entries = read_manifest(path)["files"]
         for name in FILES:
-            verify(path, name, entries.get(name, {"bytes": -1}), contents=False)
+            if name in entries or name in WEIGHTS_ONLY:
+                verify(path, name, entries.get(name, {"bytes": -1}), contents=False)
     except Damaged:
         return False
     return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,12 +33,14 @@ from cllm_spheres.checkpoint.checkpoint import (
 )
 from cllm_spheres.checkpoint.disk import Disk, remove_tree
 from cllm_spheres.checkpoint.files import (
+    MANIFEST,
     Damaged,
     NewFolder,
     leftovers,
     read_manifest,
     release,
     remove_whole,
+    seal,
     sync_whole,
     temporary,
 )
@@ -133,7 +136,7 @@ class Store:
         with contextlib.suppress(Damaged):
             step = read_manifest(entry)["step"]
             if step > max(self.steps(), default=-1):
-                Checkpoint(entry)  # its contents too
+                Checkpoint(entry, optimizer=(entry / OPTIMIZER).exists())  # its contents too
                 sync_whole(entry, self.disk)
                 self.disk.rename(entry, self.path(step))
 
@@ -259,6 +262,31 @@ class Store:
                     raise self._failed(f"{self.path(step)} could not be removed", error, 0) from error
                 removed.append(step)
         return removed
+
+    def drop_optimizer(self, step: int) -> None:
+        """Remove the optimizer's state of a checkpoint, which is whole at every moment. Raises Damaged, SaveFailed.
+
+        What is left writes text, is exported and is trained further by `--from`; a run cannot go on from it.
+        """
+        path = self.path(step)
+        new, manifest = path / f"{MANIFEST}.new", read_manifest(path)
+        try:
+            if manifest["files"].pop(OPTIMIZER, None) is not None:
+                if new.exists():  # of a process that died here
+                    self.disk.remove(new)
+                descriptor = self.disk.create(new)
+                try:
+                    self.disk.write(descriptor, new, memoryview(seal(manifest)))
+                    self.disk.sync(descriptor, new)
+                finally:
+                    os.close(descriptor)
+                self.disk.rename(new, path / MANIFEST)
+                self.disk.sync_folder(path)
+            if (path / OPTIMIZER).exists():
+                self.disk.remove(path / OPTIMIZER)
+                self.disk.sync_folder(path)
+        except OSError as error:
+            raise self._failed(f"The moments of {path} could not be removed", error, 0) from error
 
     def _failed(self, what: str, error: OSError, needed_bytes: int) -> SaveFailed:
         try:

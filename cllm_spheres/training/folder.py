@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_spheres.checkpoint import tensors
-from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint
+from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, NoOptimizer
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.lock import NAME as LOCK
@@ -275,6 +275,8 @@ def plan_resume(
     config = build(config.model_dump() | update)
     notes: tuple[str, ...] = ()
     if not finished:
+        if reached and not (Store(run).path(reached) / OPTIMIZER).exists():
+            Store(run).newest_good()  # says what is missing, and whether by damage
         check_memory(config, prepared, resume=True)
         notes = check_start(config, prepared, run)
     return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
@@ -284,6 +286,8 @@ def _whole(run: Path, step: int) -> bool:
     """Whether the checkpoint of a step verifies: where it does not, a run is not finished, but goes on from another."""
     try:
         Store(run).load(step)
+    except NoOptimizer:
+        return True
     except Damaged:
         return False
     return True

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tomllib
 
 import pytest
 
+import cllm_spheres as cs
+from cllm_spheres.checkpoint.pruning import prune
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
+from cllm_spheres.exchange.source import open_source
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import session
 from cllm_spheres.training.keeper import Progress
@@ -87,6 +91,19 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_not_finished(corpus,
     refused = resume(run)
     assert refused.code == 2 and "None of the checkpoints" in refused.message
     assert "Restore one from a backup" in refused.message and "--checkpoint" not in refused.message
+
+
+def test_what_works_with_the_weights_alone_and_what_does_not(ended, tmp_path):
+    run = shutil.copytree(ended.run, tmp_path / "run", symlinks=True)
+    before = cs.load(run).logits([1, 2])
+    assert prune(run, weights_only=True).kept == Store(run).steps()
+    assert (cs.load(run).logits([1, 2]) == before).all()
+    assert cs.evaluate(run, max_tokens=100).tokens == 100
+    assert cs.Run(run).export("hf", tmp_path / "hf").is_dir() and open_source(run).shape.width == 32
+    _, finished = session.resumed_run(run, {}, data=None)
+    assert "is finished: step 20 of 20" in finished
+    with pytest.raises(InputError, match=r"step-00000020 holds the weights alone.*--from"):
+        session.resumed_run(run, {"steps": 30}, data=None)
 
 
 def test_a_line_that_was_torn_is_cut_off_by_a_resume(corpus, tmp_path):

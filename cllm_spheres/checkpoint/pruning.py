@@ -1,0 +1,57 @@
+"""A run that has ended -> the same run on less disk: the best and the last checkpoint are left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cllm_spheres.checkpoint.files import Damaged
+from cllm_spheres.checkpoint.lock import is_held, lock
+from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run lost and what it has still."""
+
+    removed: list[int]  # the steps whose checkpoints are gone
+    kept: list[int]
+    best: int | None
+    freed_bytes: int
+    left_bytes: int  # of all checkpoints
+
+
+def check_idle(run: Path) -> None:
+    """InputError where the run goes on, or has no checkpoints."""
+    if is_held(run):
+        raise InputError(
+            f"{run} is going on, and removes old checkpoints by itself (--keep). Prune it when it has ended."
+        )
+    Store(run).find()
+
+
+def prune(run: Path, *, weights_only: bool = False) -> Pruned:
+    """Remove all checkpoints but the best and the last; with weights_only also the moments of the optimizer in those.
+
+    A checkpoint that is damaged and newer than the last good one is left. InputError where the run goes on; SaveFailed
+    where the disk refuses.
+    """
+    check_idle(run)
+    with lock(run):
+        store = Store(run)
+        before = _size(store.folder)
+        store.tidy()
+        removed = store.prune(keep=1)
+        if weights_only:
+            for step in store.steps():
+                try:
+                    store.drop_optimizer(step)
+                except Damaged:
+                    continue
+        left = _size(store.folder)
+        return Pruned(removed, store.steps(), store.best_step(), before - left, left)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
