@@ -29,7 +29,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cllm_spheres.errors import InputError, SpheresError
+from cllm_spheres.errors import InputError, NonFinite, SpheresError
 from cllm_spheres.inference.conversation import Message, prompt_of
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 NICE = 5  # a training on the same cores goes first
 READ_BYTES = 1 << 16
+NOT_FINITE = "not_finite"
 LEAST = -9999.0  # OpenAI's log-probability of what cannot be; JSON has no infinity
 
 
@@ -83,12 +84,15 @@ class Service:
 
     @classmethod
     def of(cls, run: str, checkpoint: str | None, slots: int, dtype: Any, threads: int | None) -> Service:
-        """Load a run and write a token, so that all is compiled."""
+        """Load a run and write a token, so that all is compiled. InputError where it cannot be served."""
         model = load(run, checkpoint)
         writer = model.new_writer(slots, dtype=dtype, threads=threads)
         writer.begin([model.tokenizer.eot], Options(tokens=1))
-        while writer.busy:
-            writer.step()
+        try:
+            while writer.busy:
+                writer.step()
+        except NonFinite as error:
+            raise InputError(f"{run} cannot be served. {error} Give an earlier one with --checkpoint.") from None
         bytes_V = model.tokenizer.token_bytes()
         return cls(model, writer, None if bytes_V is None else int(bytes_V.max()))
 
@@ -136,8 +140,9 @@ class Service:
             return []
         try:
             pieces = self.writer.step()
-        except SpheresError as error:  # logits that are not finite: all of them are in doubt
-            refused = [{"id": text.id, "refused": str(error), "status": 500} for text in self.texts.values()]
+        except NonFinite as error:  # all of them are in doubt
+            why = {"refused": str(error), "status": 500, "code": NOT_FINITE}
+            refused = [{"id": text.id, **why} for text in self.texts.values()]
             for number in self.texts:
                 self.writer.cancel(number)
             self.texts.clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from cllm_spheres.errors import InputError, NonFinite
+from cllm_spheres.errors import InputError
+from cllm_spheres.inference.model import load
 from cllm_spheres.inference.writer import Piece, Scored
 from cllm_spheres.text.tokenizer import ByteTokenizer, StreamDecoder
+from cllm_spheres.web import inference
 from cllm_spheres.web.inference import LEAST, Places, Service
 
 OPTIONS = {"tokens": 5, "temperature": 0.0, "stop": [], "seed": 1, "score_prompt": False, "logprobs": None}
@@ -41,19 +44,31 @@ def test_a_cancelled_text_is_not_told_of(service):
     assert service.step() == [] and service.writer.free == 2
 
 
-def test_logits_that_are_not_finite_refuse_what_is_being_written(service, monkeypatch):
-    def fails():
-        raise NonFinite("the logits are NaN")
-
+@pytest.mark.parametrize("options", [{}, {"score_prompt": True, "logprobs": 2}, {"temperature": 1.0}], ids=str)
+def test_logits_that_are_not_finite_refuse_what_is_being_written_and_nothing_after(service, alone, options):
+    """Weights of which only the later positions are NaN: they load, and a short text is as good as ever."""
+    service.model.parameters["wpe.weight"][30:] = np.nan
     service.begin(order(70))
-    service.begin(order(71))
-    with monkeypatch.context() as patch:
-        patch.setattr(service.writer, "step", fails)
-        told = service.step()
-    assert told == [{"id": id, "refused": "the logits are NaN", "status": 500} for id in (70, 71)]
-    assert service.writer.free == 2
+    service.begin(order(71, "a" * 40, options=OPTIONS | options, names=True))
+    told = [event for _ in range(3) for event in service.step()]
+    message = "The model's logits are not finite: its weights are damaged or its training diverged."
+    refused = [event for event in told if "refused" in event]
+    assert refused == [{"id": id, "refused": message, "status": 500, "code": "not_finite"} for id in (70, 71)]
+    assert service.texts == {} and service.writer.free == 2
     service.begin(order(72))
-    assert service.step()[0]["id"] == 72
+    told = [event for _ in range(5) for event in service.step()]
+    assert "".join(event["text"] for event in told) == alone.text("ab", tokens=5, temperature=0)
+
+
+def test_a_model_that_can_write_nothing_is_named_before_anything_is_served(run, monkeypatch):
+    def damaged(*arguments):
+        model = load(*arguments)
+        model.parameters["ln_f.weight"][:] = np.nan
+        return model
+
+    monkeypatch.setattr(inference, "load", damaged)
+    with pytest.raises(InputError, match=rf"{run} cannot be served\. .*not finite.*--checkpoint"):
+        Service.of(str(run), None, 2, "fp32", None)
 
 
 def test_an_infinite_log_probability_becomes_a_number_that_json_has(service, monkeypatch):
