@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
@@ -138,6 +139,32 @@ def test_what_the_readme_installs_is_an_extra():
     extras = re.findall(r"'\.\[(\w+)\]'", text_of(README))
     project = text_of(ROOT / "pyproject.toml")
     assert extras and all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras)
+
+
+# ---- services
+
+
+@pytest.mark.parametrize(("path", "command"), [("docs/operations.md", "train"), ("docs/serving.md", "serve")])
+def test_the_unit_for_systemd_can_be_enabled_as_it_is_printed(tmp_path, path, command):
+    from cllm_spheres_cli.app import app
+    from typer.main import get_command
+
+    (unit,) = blocks(ROOT / path, "ini")
+    parsed = configparser.ConfigParser(interpolation=None)
+    parsed.optionxform = str
+    parsed.read_string(unit)
+    service = parsed["Service"]
+    assert parsed["Unit"]["Description"] and parsed["Install"]["WantedBy"] == "multi-user.target"
+    assert service["User"] == "cllm"
+    assert service["Environment"] == f"XDG_CACHE_HOME=/var/cache/{service['CacheDirectory']}"
+    words = shlex.split(service["ExecStart"])
+    assert words[0] == "/opt/cllm/bin/cllm-spheres" and words[1] == command
+    get_command(app).commands[command].make_context(command, words[2:])  # its options are real
+    if shutil.which("systemd-analyze"):
+        (tmp_path / "cllm.service").write_text(unit.replace(words[0], shutil.which("true")))
+        verify = ["systemd-analyze", "verify", str(tmp_path / "cllm.service")]
+        done = subprocess.run(verify, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 # ---- tables
