@@ -36,6 +36,9 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page's origin whose scripts may ask, as https://example.org. May be repeated."),
     ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Print a line for each request, without its texts and keys.")
+    ] = False,
 ) -> None:
     """Serve trained models: completions and chat for OpenAI's clients, on this machine.
 
@@ -61,7 +64,7 @@ def serve(
     setup = Setup(_named(runs), checkpoint, slots, dtype, threads)
     settings = Settings(
         setup, host, port, queue, _key(api_key_file), tuple(allow_host or ()), tuple(allow_origin or ()),
-        Limits(tokens=max_tokens, texts=min(128, max(1, queue)), seconds=timeout),
+        Limits(tokens=max_tokens, texts=min(128, max(1, queue)), seconds=timeout), log_requests,
     )  # fmt: skip
     serve_until_signal(settings, lambda line: print(line, flush=True))
 

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cllm_spheres.errors import nearest
+from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.answers import Answer, sent_event
 from cllm_spheres.web.engine import Engine, Request
 from cllm_spheres.web.fields import read_json
@@ -33,7 +34,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Parser = Callable[[dict[str, Any], tuple[str, ...], Limits], Order]
 
 
-def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> ASGIApp:
+def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits, log: AccessLog | None = None) -> ASGIApp:
     """The ASGI application, guard and all."""
 
     async def models(request: HttpRequest) -> Response:
@@ -78,7 +79,7 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits) -> 
         app = CORSMiddleware(
             app, allow_origins=sorted(rules.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    return Guard(app, rules, metrics, PATHS)
+    return Guard(app, rules, metrics, PATHS, log)
 
 
 def _about(engine: Engine, name: str) -> dict[str, Any]:
@@ -146,8 +147,9 @@ class Written(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = self.engine.submit(self.order)
-        writing = asyncio.ensure_future(self._write(request, scope, receive, send))
+        request, answer = self.engine.submit(self.order), Answer(self.order)
+        scope["state"]["answer"] = answer  # what it has cost is logged when it has ended, however that was
+        writing = asyncio.ensure_future(self._write(request, answer, scope, receive, send))
         leaving = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -161,11 +163,10 @@ class Written(Response):
                 task.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)
 
-    async def _write(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _write(self, request: Request, answer: Answer, scope: Scope, receive: Receive, send: Send) -> None:
         if self.order.stream:
-            await self._stream(request, send)
+            await self._stream(request, answer, send)
             return
-        answer = Answer(self.order)
         async with contextlib.aclosing(self._events(request)) as batches:
             async for events in batches:
                 for index, event in events:
@@ -174,9 +175,9 @@ class Written(Response):
                     break
         await Json(answer.whole())(scope, receive, send)
 
-    async def _stream(self, request: Request, send: Send) -> None:
+    async def _stream(self, request: Request, answer: Answer, send: Send) -> None:
         """Begin once the first text has, so that what is refused before still gets its status."""
-        answer, begun = Answer(self.order), False
+        begun = False
         try:
             async with contextlib.aclosing(self._events(request)) as batches:
                 async for events in batches:

@@ -18,6 +18,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.refusals import Refused, bad
 
 MOST_CONNECTIONS = 1000
@@ -30,11 +31,15 @@ LONGEST_PROBE_S = 10.0  # the one before, up to this
 
 
 class Connection(H11Protocol):
-    """One client."""
+    """One client. Its refusals are logged here where they come before any request."""
 
     _asking_since: float | None = None
     _untaken_since: float | None = None
     _sends_no_more = False
+
+    def __init__(self, *arguments: Any, log: AccessLog | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._log = log
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,6 +79,8 @@ class Connection(H11Protocol):
         self._say_and_close(bad(msg, code="invalid_http"))
 
     def _say_and_close(self, refused: Refused) -> None:
+        if self._log:
+            self._log.add(self.client[0] if self.client else "-", "-", "-", str(refused.status), 0.0)
         body = json.dumps(refused.body).encode()
         head = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         try:

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cllm_spheres.errors import shown
+from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 
@@ -128,12 +129,15 @@ def _host_name(host: str) -> str:
 class Guard:
     """The outermost application."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics, paths: Iterable[str]) -> None:
-        self.app, self.rules, self.metrics, self.paths = app, rules, metrics, frozenset(paths)
+    def __init__(
+        self, app: ASGIApp, rules: Rules, metrics: Metrics, paths: Iterable[str], log: AccessLog | None = None
+    ) -> None:
+        self.app, self.rules, self.metrics, self.paths, self.log = app, rules, metrics, frozenset(paths), log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         began, status = time.monotonic(), CLIENT_LEFT
+        state: dict[str, Any] = scope.setdefault("state", {})
 
         async def seen(message: Message) -> None:
             nonlocal status
@@ -152,9 +156,13 @@ class Guard:
                 if status == CLIENT_LEFT:
                     await respond(FAILURE, self.rules.readable_by(scope))(scope, receive, seen)
         finally:
-            path = self._path(scope["path"])
+            path, seconds = self._path(scope["path"]), time.monotonic() - began
             self.metrics.requests.add(path, status)
-            self.metrics.seconds.observe(time.monotonic() - began, path)
+            self.metrics.seconds.observe(seconds, path)
+            if self.log:
+                client, usage = scope["client"], state["answer"].usage if "answer" in state else None
+                tokens = (usage["prompt_tokens"], usage["completion_tokens"]) if usage else None
+                self.log.add(client[0] if client else "-", scope["method"], path, status, seconds, tokens)
 
     def _path(self, path: str) -> str:
         if path in self.paths:

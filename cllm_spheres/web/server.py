@@ -11,12 +11,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 import uvicorn
 
 from cllm_spheres.errors import InputError, Interrupted
 from cllm_spheres.limits import raised_files
+from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.app import make_app
 from cllm_spheres.web.connections import HEADER_BYTES, KEEP_ALIVE_S, Connection, sweep
 from cllm_spheres.web.engine import Engine
@@ -28,6 +30,7 @@ from cllm_spheres.web.requests import Limits
 GRACE_S = 5  # for requests in flight, after a signal
 TOLD_S = 2  # more, for those who must be told that it is over
 SAME_SIGNAL_S = 0.2  # some senders signal a process and then its group: what comes this soon after is the same wish
+STDOUT = 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -43,6 +46,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    log_requests: bool = False  # a line each on standard output
 
     def validate(self) -> None:
         """InputError, one line for each setting that cannot work."""
@@ -136,15 +140,16 @@ def _user_of(port: int) -> str:
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
     """Serve until a signal. Raises Interrupted then; InputError where it cannot begin."""
     settings.validate()
-    with bind(settings.host, settings.port) as bound, raised_files():
-        asyncio.run(_serve(settings, bound, say))
+    with bind(settings.host, settings.port) as bound, raised_files(), contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(AccessLog(STDOUT))) if settings.log_requests else None
+        asyncio.run(_serve(settings, bound, say, log))
 
 
-async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], None], log: AccessLog | None) -> None:
     metrics = Metrics()
     engine = Engine(settings.setup, metrics, settings.queue)
     rules = Rules.of(settings.host, settings.allow_hosts, settings.allow_origins, settings.key)
-    app = make_app(engine, metrics, rules, settings.limits)
+    app = make_app(engine, metrics, rules, settings.limits, log)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what a client does wrong is answered, not logged
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -154,7 +159,8 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
 
     server = _Server(
         uvicorn.Config(
-            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
+            app, http=partial(Connection, log=log),  # type: ignore[arg-type]
+            ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S + TOLD_S,
             h11_max_incomplete_event_size=HEADER_BYTES, callback_notify=every_second, timeout_notify=1,
         )

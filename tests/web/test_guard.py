@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
 
 from cllm_spheres.web.guard import Rules, is_loopback
 from cllm_spheres.web.refusals import Refused
+from tests.runs import WAIT_S
 from tests.web.served import Served
 
 KEY = "a-key-of-sixteen-or-more"
@@ -87,9 +90,10 @@ def test_which_addresses_only_this_machine_reaches():
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1", "example.org")))
 
 
-def test_a_server_for_others_wants_its_key_and_lets_allowed_pages_in(run, tmp_path):
+def test_a_server_for_others_wants_its_key_lets_allowed_pages_in_and_logs_no_secret(run, tmp_path):
     (tmp_path / "key").write_text(KEY + "\n")
     words = ["--host", "0.0.0.0", "--api-key-file", tmp_path / "key", "--allow-origin", "https://app.example"]
+    words += ["--log-requests"]
     with Served([run], words) as server:
         server.url = f"http://localhost:{server.port}"
         server.client.base_url = server.url
@@ -109,6 +113,28 @@ def test_a_server_for_others_wants_its_key_and_lets_allowed_pages_in(run, tmp_pa
         assert server.client.get("/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
         assert server.client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
         assert b"CLLM_SPHERES_API_KEY" not in Path(f"/proc/{server.child.pid}/environ").read_bytes()
+        server.complete("a secret", max_tokens=3)
+        assert "data:" in server.post("/v1/completions", model="run", prompt="ab", max_tokens=2, stream=True).text
+        server.client.request(f"X{KEY}", f"/v1/{KEY}/secret?key={KEY}")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
+            connection.sendall(KEY.encode() + b"\r\n\r\n")
+            assert connection.recv(1 << 16)
+    logged = [line.split(" ", 1)[1] for line in server.out.splitlines()]
+    assert [re.sub(r"[\d.]+$", "", line) for line in logged] == [
+        "127.0.0.1 GET /v1/models 401 in=- out=- seconds=",
+        "127.0.0.1 GET /health 200 in=- out=- seconds=",
+        "127.0.0.1 OPTIONS /v1/completions 200 in=- out=- seconds=",
+        "127.0.0.1 GET /v1/models 401 in=- out=- seconds=",
+        "127.0.0.1 GET /v1/models 403 in=- out=- seconds=",
+        "127.0.0.1 GET /v1/models 200 in=- out=- seconds=",
+        "127.0.0.1 GET /v1/models 403 in=- out=- seconds=",
+        "127.0.0.1 GET /v1/models 403 in=- out=- seconds=",
+        "127.0.0.1 POST /v1/completions 200 in=8 out=3 seconds=",
+        "127.0.0.1 POST /v1/completions 200 in=2 out=2 seconds=",
+        "127.0.0.1 other other 404 in=- out=- seconds=",
+        "127.0.0.1 - - 400 in=- out=- seconds=",
+    ]
+    assert KEY not in server.out and "secret" not in server.out
 
 
 def test_the_key_of_the_environment_is_used_and_not_passed_on(run):

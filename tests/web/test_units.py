@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_spheres.inference.options import Options
-from cllm_spheres.web import connections
+from cllm_spheres.web import access_log, connections
 from cllm_spheres.web.answers import Answer
 from cllm_spheres.web.connections import ASK_S, TAKE_S, Connection
 from cllm_spheres.web.fields import read_json
@@ -163,6 +166,43 @@ def test_one_client_too_many_is_told(connection, monkeypatch):
     connection.connection_made(Transport())
     assert connection.transport.written.startswith(b"HTTP/1.1 503 ") and connection.transport.closed
     assert json.loads(connection.transport.written.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many"
+
+
+# --- the access log
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_tells_later_what_is_missing(monkeypatch):
+    monkeypatch.setattr(access_log, "MOST_WAITING", 4)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"." * 4096):
+            pass
+    os.set_blocking(writing, True)  # full, as of a pager that waits for a key
+    log = access_log.AccessLog(writing)
+    for number in range(100):
+        log.add("192.0.2.1", "POST", f"/{number}", "200", 0.5, (3, 4))
+    with os.fdopen(reading, "rb") as reader:
+        while not (line := reader.readline().lstrip(b".")):
+            pass
+        assert re.fullmatch(rb"\S+ 192\.0\.2\.1 POST /0 200 in=3 out=4 seconds=0\.500\n", line)
+        kept = [reader.readline() for _ in range(3)]
+        while b"missing" not in line:
+            log.add("::1", "GET", "/late", "404", 0.0)
+            line = reader.readline()
+        assert kept and int(re.search(rb" (\d+) requests are missing", line)[1]) > 90
+        log.close()
+    os.close(writing)
+
+
+def test_a_log_whose_reader_has_gone_ends_nothing():
+    reading, writing = os.pipe()
+    os.close(reading)
+    log = access_log.AccessLog(writing)
+    for _ in range(3):
+        log.add("::1", "GET", "/health", "200", 0.0)
+    log.close()
+    os.close(writing)
 
 
 # --- failures of our own
