@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
 from cllm_spheres.errors import InputError
 
 NAME = "lock"
+TRIES, TRY_AGAIN_S = 3, 0.02
 
 
 class Lock:
@@ -56,12 +58,15 @@ class Lock:
 
     @staticmethod
     def _take(descriptor: int) -> bool:
-        """Whether the lock is ours now, and nobody else's."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        """Whether the lock is ours now, and nobody else's. `is_held` may have it for a moment."""
+        for _ in range(TRIES):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(TRY_AGAIN_S)
+            else:
+                return True
+        return False
 
     def release(self) -> None:
         """Unlock, for forked children that share it too. Repeating it does nothing."""
@@ -89,14 +94,14 @@ def lock(run: Path) -> Lock:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a process has locked the run. Nothing is changed."""
-    try:
-        with (run / NAME).open("rb") as file:
-            if not file.read(1):  # released: nobody has to be asked
-                return False
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether a process has locked the run. Nothing is changed; a lock that is taken meanwhile waits for a moment."""
+    for path in (run, run / NAME):
+        with contextlib.suppress(OSError):  # there is none, or a file system without locks
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(descriptor)
+    return False

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from cllm_spheres.checkpoint.lock import lock
+from cllm_spheres.checkpoint.lock import is_held, lock
 from cllm_spheres.errors import InputError
 
 
@@ -39,6 +40,20 @@ def test_a_second_run_into_one_folder_is_refused_and_told_the_pid(run):
     with lock(run), pytest.raises(InputError, match=rf"A run is going on in {run} \(pid {os.getpid()}\)"):
         lock(run)
     lock(run).release()
+
+
+def test_asking_whether_a_run_is_locked_keeps_nobody_from_locking_it(run, monkeypatch):
+    assert not is_held(run)
+    with lock(run):
+        assert is_held(run)
+        (run / "lock").unlink()
+        assert is_held(run)
+    assert not is_held(run)
+    asking = os.open(run, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)  # as is_held does, for a moment
+    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(asking, fcntl.LOCK_UN))
+    lock(run).release()
+    os.close(asking)
 
 
 def test_a_killed_holder_leaves_no_lock(run):
