@@ -46,6 +46,11 @@ class Source:
         for name, tensor in self._read():
             yield name, tensor[: rows.get(name, len(tensor))]
 
+    def check_finite(self) -> None:
+        """InputError where a weight is NaN or infinite. All are read, in about the time that their hash has taken."""
+        for _ in self.tensors():
+            pass
+
     def cropped(self, block_size: int) -> Source:
         """The same model for shorter sequences: the first positions alone. InputError where it has fewer."""
         if block_size > self.shape.block_size:

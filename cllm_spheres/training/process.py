@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm_spheres.errors import FolderGone, InputError, Interrupted, RunFailed, SpheresError
+from cllm_spheres.errors import FolderGone, InputError, Interrupted, NonFinite, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
 from cllm_spheres.units import plural
 
@@ -105,6 +105,8 @@ def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> di
     except SpheresError as error:
         last = max(store.steps(), default=None)
         saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {store.path(last)}."
+        if isinstance(error, NonFinite):
+            go_on = trainer.way_out()
         message = f"{type(error).__name__}: {error}\n{saved}\n{go_on}"
         with contextlib.suppress(RunFailed):
             trainer.metrics.event("failed", message, trainer.step, error=type(error).__name__)

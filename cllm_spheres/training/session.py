@@ -113,6 +113,7 @@ def new_run(
     if start_from is not None:
         folder.check_name(start_from)
         config, source = with_model(config, given, open_source(start_from))
+        source.check_finite()
         if config.init != "gpt2":
             raise InputError(f"--init {config.init} contradicts --from, whose weights come first. Leave one out.")
     check_shape(config)

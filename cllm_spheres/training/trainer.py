@@ -8,6 +8,7 @@ for each stretch of steps up to the next evaluation or checkpoint:
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, replace
@@ -31,7 +32,7 @@ from cllm_spheres.training.evaluation import Windows
 from cllm_spheres.training.folder import CONFIG_TOML, change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
-from cllm_spheres.training.nonfinite import explain_nonfinite
+from cllm_spheres.training.nonfinite import explain_evaluation, explain_nonfinite, way_out
 from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
@@ -135,6 +136,12 @@ class Trainer:
                 self.keeper.save(self.progress, last=True)
         with contextlib.suppress(SaveFailed):  # there is a reason to tell already
             self.keeper.finish()
+
+    def way_out(self) -> str:
+        """What to do after a number that was not finite."""
+        if self._begins_trained and not self.step:
+            return "The run began with these weights, and no learning rate mends them: begin from another model."
+        return way_out(self.folder.name, self.keeper.store, self.config)
 
     def _start(self, checkpoint: Checkpoint | None, exact: bool) -> None:
         job, config = self.node_zero.job, self.config
@@ -300,20 +307,24 @@ class Trainer:
             self.node_zero.wait_for_bell()
             if self.wishes.number:
                 self._stop()
-        result = self.windows.evaluation(memory.doubles(memory.regions.window_losses, count))
+        losses = memory.doubles(memory.regions.window_losses, count)
+        result = self.windows.evaluation(losses)
         self.metrics.write({
             "kind": "eval", "step": self.step, **asdict(result), "time": time.time(),
             "seconds": time.monotonic() - began,
         })  # fmt: skip
+        finite = math.isfinite(result.val_loss)
+        if not finite and self.config.on_nonfinite == "stop":
+            raise NonFinite(explain_evaluation(memory, self.layout, self.step, losses))
         progress = self.progress
         progress.evaluated = self.step
         if self.step % self.eval_every == 0:
             progress.note(result.val_loss)
-        if progress.best_loss is None or result.val_loss < progress.best_loss:
+        if finite and (progress.best_loss is None or result.val_loss < progress.best_loss):
             progress.best_loss, progress.best_step, progress.worse = result.val_loss, self.step, 0
             return self.step > 0 or self._begins_trained
         progress.worse += 1
-        if progress.worse == TURNED_UP_EVALUATIONS:
+        if finite and progress.worse == TURNED_UP_EVALUATIONS:
             self.metrics.event(
                 "turned_up",
                 f"Validation loss has turned up: {result.val_loss:.4f}, it was {progress.best_loss:.4f} at step"

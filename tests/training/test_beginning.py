@@ -146,6 +146,16 @@ def test_options_that_contradict_the_model_are_refused_with_both_numbers(options
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_holds_nan_is_refused_and_leaves_nothing(book, tmp_path):
+    model = make_run(tmp_path / "model", tokenizers()["byte"])
+    model["h.1.mlp.c_fc.weight"][2, 3] = np.nan
+    saved = Store(tmp_path / "model").load(3)
+    Store(tmp_path / "model").save(3, model, saved.optimizer, saved.state, saved.config, saved.tokenizer_path)
+    with pytest.raises(InputError, match=r"h\.1\.mlp\.c_fc\.weight in .*step-00000003 holds NaN or infinity"):
+        session.new_run(book, OPTIONS, run=tmp_path / "runs" / "run", file=None, start_from=tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_options_that_say_the_same_are_taken(book, tmp_path):
     same = dict(width=16, layers=2, heads=2, ff_width=64, bias=True, vocab_size=280, tokenizer="bpe", block_size=16)
     plan = session.new_run(book, OPTIONS | same, run=tmp_path / "run", file=None, start_from=GOLDEN / "plain")
