@@ -21,6 +21,7 @@ from cllm_spheres_cli.options import (
     TopK,
     TopP,
     WeightsDtype,
+    newest,
 )
 
 from cllm_spheres.errors import InputError, nearest
@@ -63,11 +64,11 @@ def chat(
     A model answers as the text did that it was trained on; from source code come no answers.
     """
     from cllm_spheres.inference.chat import Chat
-    from cllm_spheres.inference.model import load, newest_run
+    from cllm_spheres.inference.model import load
     from cllm_spheres.inference.options import Options
 
     options = Options(tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed=seed).validate()
-    model = load(run or newest_run(Path("runs")), checkpoint)
+    model = load(newest(run), checkpoint)
     with model.writer(dtype=dtype, threads=threads) as writer:
         talk = Chat(model, writer, options, system)
         if sys.stdin.isatty():

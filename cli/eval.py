@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from cllm_spheres_cli.options import CheckpointName
+from cllm_spheres_cli.options import CheckpointName, NewestRun, newest
 
 if TYPE_CHECKING:
     from cllm_spheres.training.score import Score
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
+    run: NewestRun = None,
     data: Annotated[
         Path | None,
         typer.Argument(
             help="A file or folder of text, or a prepared folder, whose validation part is taken. Default: the"
             " validation part of the run's own data.",
-            metavar="[DATA]",
+            metavar="DATA",
         ),
     ] = None,
     checkpoint: CheckpointName = None,
@@ -51,7 +51,7 @@ def evaluate(
 
     from cllm_spheres.training.score import score
 
-    errors = Console(stderr=True)
+    run, errors = newest(run), Console(stderr=True)
 
     def tell(text: str) -> None:
         errors.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cllm_spheres_cli.options import CheckpointName
+from cllm_spheres_cli.options import CheckpointName, NewestRun, newest
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    target: Annotated[Path, typer.Argument(help="The folder (hf) or file (gguf) to write.")],
+    run: NewestRun = None,
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The folder (hf) or file (gguf) to write. Alone, it is of the newest run.",
+            metavar="TARGET",
+            show_default=False,
+        ),
+    ] = None,
     to: Annotated[
         str, typer.Option(help="hf: for Hugging Face's transformers; gguf: for llama.cpp.", metavar="hf|gguf")
     ] = ...,  # type: ignore[assignment]
@@ -27,9 +34,15 @@ def export(
 
     from cllm_spheres_cli.progress import interruptible
 
+    from cllm_spheres.errors import InputError
     from cllm_spheres.exchange.export import export as write
     from cllm_spheres.units import plural, size
 
+    if target is None:
+        run, target = None, run
+    if target is None or (run is None and (target / "checkpoints").exists()):
+        raise InputError("The target is missing, what shall be written: cllm-spheres export RUN TARGET --to hf|gguf")
+    run = newest(run)
     with interruptible("Nothing was written."):
         print(f"Exporting {run} ...", file=sys.stderr)
         exported = write(run, to, target, dtype=dtype, which=checkpoint, force=force)

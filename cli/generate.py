@@ -18,6 +18,7 @@ from cllm_spheres_cli.options import (
     TopK,
     TopP,
     WeightsDtype,
+    newest,
 )
 
 from cllm_spheres.errors import InputError
@@ -65,7 +66,7 @@ def generate(
 
     The same seed and options write the same text, however many are written at once, on any number of threads.
     """
-    from cllm_spheres.inference.model import load, newest_run
+    from cllm_spheres.inference.model import load
 
     if prompt is not None and prompts is not None:
         raise InputError("Both --prompt and --prompts were given: give one.")
@@ -81,7 +82,7 @@ def generate(
     )  # fmt: skip
     if beams is not None:
         _check_beams(samples, sampling)
-    model = load(run or newest_run(Path("runs")), checkpoint)
+    model = load(newest(run), checkpoint)
     many = len(all_prompts) > 1 or samples != 1 or (best or 1) > 1
     try:
         if beams is not None:

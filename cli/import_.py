@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.own_name import own_name
 
 
 def import_(
@@ -33,4 +34,4 @@ def import_(
     )
     for note in source.notes:
         print(note)
-    print(f"Let it write: cllm-spheres generate {run}\nTrain it further: cllm-spheres train DATA --from {run}")
+    print(f"Let it write: {own_name()} generate {run}\nTrain it further: {own_name()} train DATA --from {run}")

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-NewestRun = Annotated[Path | None, typer.Argument(help="The folder of a run. Default: the newest in runs/.")]
+NewestRun = Annotated[
+    Path | None, typer.Argument(help="The folder of a run. Default: the newest in runs/.", metavar="RUN")
+]
 CheckpointName = Annotated[
     str | None,
     typer.Option(help="best, last, or a step. Default: best, where validation found one.", metavar="best|last|STEP"),
@@ -21,3 +23,16 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 disfavours tokens that are there already; 1 is none.")]
 WeightsDtype = Annotated[str, typer.Option(help="Of the weights: bf16 reads half as much.", metavar="fp32|bf16")]
 Threads = Annotated[int | None, typer.Option(help="Default: what the model's size is worth, up to all cores.")]
+
+
+def newest(run: Path | None) -> Path:
+    """The run that was given, or the newest in runs/, which is named on standard error. InputError without one."""
+    if run is not None:
+        return run
+    import sys
+
+    from cllm_spheres.inference.model import newest_run
+
+    found = newest_run(Path("runs"))
+    print(f"The newest run: {found}", file=sys.stderr)
+    return found

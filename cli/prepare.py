@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.own_name import own_name
 
 
 def prepare(
@@ -84,5 +85,5 @@ def prepare(
         *manifest["notes"],
         *(["Skipped: " + ", ".join(skipped) + "."] if skipped else []),
     ]
-    for line in [*lines, f"Next: cllm-spheres train {out}"]:
+    for line in [*lines, f"Next: {own_name()} train {out}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

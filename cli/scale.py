@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.options import NewestRun, newest
 
 
 def scale(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that goes on.", show_default=False)],
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes, at most the run's spheres.")],
+    run: NewestRun = None,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes, at most the run's spheres.")] = ...,  # type: ignore[assignment]
 ) -> None:
     """Change how many workers a run has, between two of its steps. Its bits stay the same.
 
@@ -25,7 +25,7 @@ def scale(
         print("Waiting until the step and what else is under way have ended ...", file=sys.stderr)
 
     try:
-        print(ask(find_run(run), {"workers": workers}, waiting))
+        print(ask(find_run(newest(run)), {"workers": workers}, waiting))
     except KeyboardInterrupt:
         print("The number of workers stays as it is.", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cllm_spheres_cli.options import CheckpointName
+from cllm_spheres_cli.options import CheckpointName, newest
 
 INSTALL = "pip install 'cllm-spheres[web]'"
 KEY_CHARACTERS = 16  # at least
 
 
 def serve(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs: each is a model, named like its folder.")],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders of runs: each is a model, named like its folder. Default: the newest in runs/.",
+            metavar="RUN",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; another than this machine's own needs an API key.")
     ] = "127.0.0.1",
@@ -61,7 +67,7 @@ def serve(
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: give 1 or more, or leave it out.")
     _check_names(allow_host or [], allow_origin or [])
-    setup = Setup(_named(runs), checkpoint, slots, dtype, threads)
+    setup = Setup(_named(runs or [newest(None)]), checkpoint, slots, dtype, threads)
     settings = Settings(
         setup, host, port, queue, _key(api_key_file), tuple(allow_host or ()), tuple(allow_origin or ()),
         Limits(tokens=max_tokens, texts=min(128, max(1, queue)), seconds=timeout), log_requests,

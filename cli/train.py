@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from cllm_spheres_cli.options import newest
+from cllm_spheres_cli.own_name import own_name
 from typer.core import TyperCommand
 
 from cllm_spheres.config import PRESETS, Config, flag
 
+MOST_METAVAR = 20  # characters
 AUTO = "--resume-auto"  # what `--resume auto` becomes
+MAIN = "Options"  # typer's name of the panel that comes first
+# What a newcomer needs, then what shapes a model and its learning, then what is needed seldom: the order of --help.
 PANELS = {
-    "Run": ("preset", "workers", "spheres", "steps", "epochs", "batch_size", "seed", "stop_at", "dtype"),
-    "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout", "init"),
+    MAIN: ("preset", "run", "steps", "epochs", "resume", "workers", "from_", "config", "plain"),
     "Text": ("tokenizer", "vocab_size"),
-    "Loss": ("loss", "alpha", "neighbours", "neighbour_temperature", "gcd_weight", "ulam_weight"),
-    "Optimizer": (
-        "optimizer", "lr", "min_lr", "warmup", "schedule", "beta1", "beta2", "weight_decay", "clip", "on_nonfinite",
+    "Model": ("block_size", "layers", "heads", "width", "ff_width", "bias", "dropout", "init"),
+    "Learning": (
+        "batch_size", "lr", "min_lr", "warmup", "schedule", "optimizer", "beta1", "beta2", "weight_decay", "clip",
+        "on_nonfinite",
     ),
-    "Evaluation and checkpoints": ("eval_every", "eval_tokens", "early_stop", "save_every", "keep"),
+    "Evaluation and checkpoints": ("eval_every", "eval_tokens", "save_every", "keep", "stop_at", "early_stop"),
+    "Exactness and speed": ("spheres", "seed", "dtype", "exact", "profile"),
+    "Loss": ("loss", "alpha", "neighbours", "neighbour_temperature", "gcd_weight", "ulam_weight"),
+    "Faults on purpose": ("fault",),
 }  # fmt: skip
 
 
@@ -33,16 +41,17 @@ def _option(name: str) -> inspect.Parameter:
     metavar = None
     if typing.get_origin(annotation) is typing.Literal:
         annotation, metavar = str, "|".join(words)
+        if len(metavar) > MOST_METAVAR:  # its help names them, or the table would not fit 80 columns
+            metavar = "NAME"
     elif words:
         annotation = words[0]
-    elif name == "preset":
-        metavar = "|".join(PRESETS)
+    elif annotation is bool:
+        metavar = ""
     text = field.description or ""
     if field.default is not None and name not in ("preset", "bias"):
         text += f" Default: {field.default}, or the preset's." if _varies(name) else f" Default: {field.default}."
-    panel = next(title for title, names in PANELS.items() if name in names)
     flags = [f"{flag(name)}/--no-{name}"] if annotation is bool else [flag(name)]
-    option = typer.Option(*flags, help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    option = typer.Option(*flags, help=text, metavar=metavar, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
     )
@@ -85,31 +94,40 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Continue the run in --run, exactly. --resume auto begins it where there is none yet."
+            "--resume",
+            help="Go on with the run in --run, exactly; without --run with the newest in runs/. --resume auto begins"
+            " it where there is none yet.",
+            metavar="",
         ),
     ] = False,
     resume_auto: Annotated[bool, typer.Option(AUTO, hidden=True)] = False,
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="With --resume: refuse where other library versions or another CPU may change bits."
+            "--exact",
+            help="With --resume: refuse where other library versions or another CPU may change bits.",
+            metavar="",
         ),
     ] = False,
     profile: Annotated[
         bool,
-        typer.Option("--profile", help="Trace a step: profile.md and profile.json in the run's folder, and a table."),
+        typer.Option(
+            "--profile",
+            help="Trace a step: profile.md and profile.json in the run's folder, and a table.",
+            metavar="",
+        ),
     ] = False,
     fault: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PHASE:STEP:SPHERE:ACTION",
-            help="See the run survive: kill, stop, segv, nan or slow in forward, backward, barrier, gather, update or"
-            " save of a step. May be given several times.",
+            metavar="FAULT",
+            help="See the run survive. PHASE:STEP:SPHERE:ACTION: kill, stop, segv, nan or slow in forward, backward,"
+            " barrier, gather, update or save of a step. May be given several times.",
             show_default=False,
         ),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE.toml")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.", metavar="")] = False,
+    config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", metavar="FILE")] = None,
     **options: Any,
 ) -> None:
     """Train a small GPT on every core, and watch it.
@@ -120,6 +138,8 @@ def train(
     """
     from cllm_spheres.training.launch import Launch
 
+    if resume and not resume_auto:
+        run = newest(run)
     with Launch(None if resume or resume_auto or from_ else options) as launch:
         from cllm_spheres_cli.progress import interruptible, progress_of
         from rich.console import Console
@@ -142,14 +162,26 @@ def train(
     if profile and (folder / "profile.md").is_file():
         print((folder / "profile.md").read_text())
     if code == 0:
-        print(f"Let it write: cllm-spheres generate {folder}")
+        print(f"Let it write: {own_name()} generate {folder}")
     raise typer.Exit(code)
 
 
-_own = inspect.signature(train).parameters
-train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [p for p in _own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    + [_option(name) for names in PANELS.values() for name in names]
-)
-train.__annotations__ |= {name: _option(name).annotation for name in Config.model_fields}
-assert {name for names in PANELS.values() for name in names} == set(Config.model_fields)
+def _parameters() -> list[inspect.Parameter]:
+    """Those of the command: its own and the fields of Config, in the order of PANELS."""
+    own = dict(inspect.signature(train).parameters)
+    del own["options"]
+    found = [own.pop("data")]
+    for panel, names in PANELS.items():
+        for name in names:
+            parameter = own.pop(name, None) or _option(name)
+            (option,) = typing.get_args(parameter.annotation)[1:]
+            option.rich_help_panel = None if panel == MAIN else panel
+            found.append(parameter)
+    found += own.values()  # the hidden ones
+    assert {p.name for p in found} > set(Config.model_fields)
+    return found
+
+
+_all = _parameters()
+train.__signature__ = inspect.Signature(_all)  # type: ignore[attr-defined]
+train.__annotations__ |= {parameter.name: parameter.annotation for parameter in _all}

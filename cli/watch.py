@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cllm_spheres_cli.options import NewestRun, newest
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    run: NewestRun = None,
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the dashboard.")] = False,
     svg: Annotated[
         Path | None,
@@ -28,7 +29,7 @@ def watch(
     from cllm_spheres.watch import dashboard
     from cllm_spheres.watch.follow import Follower, find_run, follow
 
-    find_run(run)
+    run = find_run(newest(run))
     if svg is not None:
         try:
             dashboard.svg(run, svg, width, height)

@@ -61,7 +61,7 @@ CASES = {
     "existing folder": ("train {corpus} --run binary", ["binary exists already", "Please give another --run"]),
     "existing file": ("train {corpus} --run text.txt/run", ["text.txt is not a folder", "Give another --run"]),
     "no permission": ("train {corpus} --run locked/run", ["No permission to write in", "locked"]),
-    "resume of nothing": ("train --resume", ["--resume needs --run"]),
+    "resume of nothing": ("train --resume", ["There is no run in runs/"]),
     "resume of no run": ("train --resume --run nowhere", ["nowhere is not a run: it has no config.toml"]),
     "another model": ("train --resume --run {run} --width 64", ["begun with --width 32, and 64 was given"]),
     "other data": ("train other --resume --run {run} --steps 9", ["was begun with other data"]),

@@ -60,7 +60,7 @@ def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
     assert (code, error) == (0, "")
     assert "For validation: " in out and "of the tokens (10 % of the text asked for)." in out
     assert "30 documents" in out and "vocabulary of 300" in out and "Skipped: 1 binary." in out
-    assert f"Next: cllm-spheres train {tmp_path / 'out'}" in out
+    assert f"cllm-spheres train {tmp_path / 'out'}" in out
     code, out, error = run("data", tmp_path / "out")
     assert (code, error) == (0, "")
     for words in (
