@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def compact(value: float | None) -> str:
     """24312 -> '24.3k', in at most 5 characters; '–' for None."""
@@ -58,3 +60,11 @@ def size(value: float | None) -> str:
 def percent(share: float) -> str:
     """0.1 -> '10 %', 0.0983 -> '9.83 %'"""
     return f"{100 * share:.3g} %"
+
+
+def time_of_day(seconds: float | None) -> str:
+    """Unix time -> '14:03:22' on the clock of this machine; '--:--:--' where there is none."""
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds is not None else "--:--:--"
+    except (OverflowError, ValueError, OSError):
+        return "--:--:--"

@@ -58,7 +58,7 @@ def _middle(view: RunView, width: int, height: int, notice: str) -> list[Line]:
         if height < MIN_CURVES + 11:
             return numbers.panel(view, width, height)
         return [*panels.curves(view, width, height - 11, notice), *numbers.panel(view, width, 11)]
-    side = 48 if width >= 120 else 38 if width >= 100 else 30
+    side = 48 if width >= 120 else 38 if width >= 100 else 34 if width >= 76 else 30
     return beside([panels.curves(view, width - side, height, notice), numbers.panel(view, side, height)])
 
 

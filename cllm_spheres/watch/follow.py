@@ -11,6 +11,7 @@ from types import TracebackType
 from rich.console import Console
 
 from cllm_spheres.errors import InputError
+from cllm_spheres.units import time_of_day
 from cllm_spheres.watch.dashboard import REFRESH_S, Dashboard, open_view
 from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.plain import Plain
@@ -88,7 +89,7 @@ class Follower:
             self._dashboard.notice = text
             self._drawn = float("-inf")
         elif text:
-            self._line(clean(text))
+            self._line(f"{time_of_day(time.time())}  {clean(text)}")
 
     def _read(self) -> bool:
         """Take what is new, at most a chunk; whether there was something."""

@@ -76,7 +76,10 @@ def panel(view: RunView, width: int, most: int) -> list[Line]:
     if len(rows) > most - 2:
         rows, form = _strips(view, members, inner), "height"
     rows = rows[: most - 2]
-    title = [seg("spheres ", TITLE), seg(f"{num} in {len(members)} group{'s' * (len(members) > 1)}", DIM)]
+    what = "tokens/s, time waiting, state" if form == "length" else "a bar a sphere, tokens/s, time waiting, state"
+    counts = f"{num} in {len(members)} group{'s' * (len(members) > 1)}"
+    named = f"{counts}: {what}"
+    title = [seg("spheres ", TITLE), seg(named if len(named) + 16 <= width else counts, DIM)]
     return box(title, rows, width, len(rows) + 2, _legend(inner, form))
 
 

@@ -11,12 +11,13 @@ from cllm_spheres.watch.records import cross_entropy_of, number
 from cllm_spheres.watch.series import Point, Series
 from cllm_spheres.watch.view import RunView
 
+NAME_WIDTH = 12
 MIN_PLOT = 8  # lines of a plot under the numbers, with its frame
 _PLOTS = (("gradient norm", "norm"), ("tokens/s", "speed"))
 
 
 class _Rows:
-    """Lines of a name, a value, something beside it, and a small curve."""
+    """Lines of a name, a value, something beside it where there is room, and a small curve."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -24,8 +25,9 @@ class _Rows:
         self.lines: list[Line] = []
 
     def add(self, name: str, value: str, beside: str = "", series: Series | None = None, style: Style = STRONG) -> None:
-        line = [seg(name.ljust(12 if self.wide else 7), DIM), seg(value, style)]
-        line.append(seg(f"  {beside}" if beside else "", DIM))
+        room = self.width - NAME_WIDTH - len(value) - len(beside)
+        line = [seg(name.ljust(NAME_WIDTH), DIM), seg(value, style)]
+        line.append(seg(" " * min(2, room) + beside if beside and room > 0 else "", DIM))
         curve = spark(series.points(), 12) if series is not None and self.width >= 42 else ""
         self.lines.append(spread(line, [seg(curve, FAINT)], self.width))
 
@@ -69,34 +71,38 @@ def _plot(title: str, points: list[Point], width: int, height: int) -> list[Line
 
 
 def _losses(view: RunView, rows: _Rows) -> None:
-    wide, evaluation, best = rows.wide, view.eval, view.best
+    evaluation, best = view.eval, view.best
     recent = view.loss.recent()
     beside = f"mean {fixed(recent)}" if recent is not None else ""
     loss, plain = number(view.step, "loss"), cross_entropy_of(view.step)
     if plain != loss:  # soft targets: what is differentiated is more than the cross-entropy
         beside = f"loss {fixed(loss)}"
-    rows.add("training" if wide else "train", fixed(plain), beside, view.loss, ACCENT)
+    rows.add("training", fixed(plain), beside, view.loss, ACCENT)
     at = number(evaluation, "step")
     when = f"at {at:,.0f}" if at is not None else ""
-    rows.add("validation" if wide else "val", fixed(number(evaluation, "val_loss")), when, view.val, WARM)
+    rows.add("validation", fixed(number(evaluation, "val_loss")), when, view.val, WARM)
     rows.add("best", fixed(best[1] if best else None), f"at {best[0]:,}" if best else "")
     perplexity = number(evaluation, "perplexity")
     shown = "" if perplexity is None else f"{perplexity:.1f}" if perplexity < 1000 else compact(perplexity)
-    bits = fixed(number(evaluation, "bits_per_byte"), 3)
-    rows.add("bits/byte" if wide else "bits/B", bits, f"{'perplexity' if wide else 'ppl'} {shown}" if shown else "")
-    unigram, bigram = (fixed(number(evaluation, f"{name}_loss"), 3) for name in ("unigram", "bigram"))
-    rows.add("unigram" if wide else "uni/bi", unigram, f"{'bigram ' if wide else ''}{bigram}", style=INK)
+    bits = number(evaluation, "bits_per_byte")
+    if bits is None and shown:
+        rows.add("perplexity", shown)
+    else:
+        rows.add("bits/byte", fixed(bits, 3), f"perplexity {shown}" if shown else "")
+    if rows.wide:  # the plot names them too
+        unigram, bigram = (fixed(number(evaluation, f"{name}_loss"), 3) for name in ("unigram", "bigram"))
+        rows.add("unigram", unigram, f"bigram {bigram}", style=INK)
 
 
 def _pace(view: RunView, rows: _Rows) -> None:
-    wide, step = rows.wide, view.step
-    rows.add("learn rate" if wide else "lr", rate(number(step, "lr")), "", view.lr)
+    step = view.step
+    rows.add("learn rate", rate(number(step, "lr")), "", view.lr)
     before, after = number(step, "grad_norm"), number(step, "clipped_norm")
     clipped = before is not None and after is not None and after < before * 0.9995
-    beside = f"{'clipped' if wide else '→'} {fixed(after, 3)}" if clipped else ""
-    rows.add("gradient" if wide else "norm", fixed(before, 3), beside, view.norm)
+    beside = f"clipped{f' {fixed(after, 3)}' if rows.wide else ''}" if clipped else ""
+    rows.add("gradient", fixed(before, 3), beside, view.norm)
     mean = f"mean {compact(view.mean_tokens_per_s)}"
-    rows.add("tokens/s" if wide else "tok/s", compact(view.tokens_per_s), mean, view.speed)
+    rows.add("tokens/s", compact(view.tokens_per_s), mean, view.speed)
 
 
 def _machine(view: RunView, rows: _Rows) -> None:
@@ -104,11 +110,8 @@ def _machine(view: RunView, rows: _Rows) -> None:
     cpu = spheres.cpu_percent if spheres else None
     memory = size(spheres.memory_bytes if spheres else None)
     shown = "–" if cpu is None else f"{cpu:.0f} %"
-    if rows.wide:
-        rows.add("cpu", shown, f"of {cores:.0f} cores" if cores and cpu is not None else "")
-        rows.add("memory", memory)
-    else:
-        rows.add("cpu", shown, memory)
+    rows.add("cpu", shown, f"of {cores:.0f} cores" if cores and cpu is not None else "")
+    rows.add("memory", memory)
 
 
 def _setting(view: RunView, rows: _Rows) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time as clock
-
-from cllm_spheres.units import compact, duration
+from cllm_spheres.units import compact, duration, time_of_day
 from cllm_spheres.watch.paint import (
     ACCENT,
     BAD,
@@ -125,7 +123,7 @@ def phases(view: RunView, width: int, colour: bool) -> list[Line]:
     bar = [seg(("█" if colour else _PHASE_MARKS[name]) * cells[name], PHASE_STYLES[name]) for name in PHASES]
     if not shares:
         bar = [seg("·" * room, FRAME)]
-    legend: Line = [seg(" ")]
+    legend: Line = []
     for name in PHASES:
         if name == "pack" and name not in shares:
             continue
@@ -133,7 +131,11 @@ def phases(view: RunView, width: int, colour: bool) -> list[Line]:
         value = f"{100 * shares[name]:.0f} %" if name in shares else "–"
         word = name if width >= 72 else name[:4]
         legend += [seg(f"{mark} ", PHASE_STYLES[name]), seg(f"{word} ", DIM), seg(value, INK), seg("  ")]
-    return [spread([seg(" "), *bar], [], width), spread(legend, [], width)]
+    if length(legend) > width:
+        legend = [seg(" ") if segment.text == "  " else segment for segment in legend]
+    titles = (" time of a step  ", " time  ", " ")
+    title = next((title for title in titles if len(title) + length(legend) <= width + 2), " ")
+    return [spread([seg(" "), *bar], [], width), spread([seg(title, DIM), *legend], [], width)]
 
 
 def messages(view: RunView, width: int, num: int) -> list[Line]:
@@ -148,9 +150,6 @@ def messages(view: RunView, width: int, num: int) -> list[Line]:
     }
     lines = []
     for time, name, message in list(view.messages)[-num:]:
-        try:
-            at = clock.strftime("%H:%M:%S", clock.localtime(time))
-        except (OverflowError, ValueError, OSError):
-            at = "--:--:--"
-        lines.append(spread([seg(f" {at} ", DIM), seg(clean(message), styles.get(name, INK))], [], width))
+        line = [seg(f" {time_of_day(time)} ", DIM), seg(clean(message), styles.get(name, INK))]
+        lines.append(spread(line, [], width))
     return lines

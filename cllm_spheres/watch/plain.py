@@ -1,11 +1,14 @@
-"""Records -> one clear line a step, or about one a second, for logs, pipes and `--plain`."""
+"""Records -> one clear line a step, or about one a second, for logs, pipes and `--plain`.
+
+Each line begins with the time of day of what it tells: 14:03:22  step  120/2000  loss 3.2145  ...
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from cllm_spheres.events import Record
-from cllm_spheres.units import compact, duration, fixed, rate
+from cllm_spheres.units import compact, duration, fixed, rate, time_of_day
 from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.records import cross_entropy_of, number, step_of
 from cllm_spheres.watch.view import RunView
@@ -65,22 +68,25 @@ class Plain:
                 self.flush(view)
         elif kind == "eval" and step_of(record) is not None:
             self.flush(view)
-            self._write(eval_line(record))
+            self._tell(record, eval_line(record))
         elif kind == "event":
             if record.get("event") in ("end", "failed", "stopping", "resume"):
                 self.flush(view)
             self._first |= record.get("event") in ("start", "resume")
             message = clean(str(record.get("message") or record.get("event", "")))
             if message and (self._endings or record.get("event") not in ("end", "failed")):
-                self._write(message)
+                self._tell(record, message)
 
     def flush(self, view: RunView) -> None:
         """The line of the latest step, if it has none yet."""
         if self._pending is not None:
-            self._write(step_line(self._pending, view))
+            self._tell(self._pending, step_line(self._pending, view))
             self._printed_time = number(self._pending, "time") or 0.0
             self._printed_step = step_of(self._pending) or 0
             self._pending, self._first = None, False
+
+    def _tell(self, record: Record, line: str) -> None:
+        self._write(f"{time_of_day(number(record, 'time'))}  {line}")
 
     def _due(self, record: Record, view: RunView) -> bool:
         target = view.target

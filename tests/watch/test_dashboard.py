@@ -102,7 +102,24 @@ def test_a_word_run_has_no_bits_per_byte_and_still_draws():
     view = RunView()
     for record in fake.records(2, until=100, eval_every=50, bpb=False):
         view.add(record)
-    assert any("bits/B –" in line for line in text_of(view, 80, 24))
+    lines = text_of(view, 80, 24)
+    assert any("perplexity" in line for line in lines) and not any("bits/byte" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("num_spheres", "rows"),
+    [
+        (12, "12 groups: tokens/s, time waiting, state"),
+        (63, "12 groups: a bar a sphere, tokens/s, time waiting, state"),
+    ],
+)
+def test_words_are_written_out_in_the_smallest_terminal(num_spheres, rows):
+    text = "\n".join(text_of(view_of(num_spheres), 80, 24))
+    for words in ("training", "validation", "best", "bits/byte", "learn rate", "gradient    1.37", "tokens/s", "cpu",
+                  " time  ■ compute", rows):  # fmt: skip
+        assert words in text, words
+    for word in ("bits/B", "uni/bi", "tok/s", "lr ", "ppl"):
+        assert word not in text, word
 
 
 def test_it_says_that_validation_has_turned_up():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import time
+from datetime import UTC, datetime
 
 import pytest
 import typer
@@ -23,6 +25,13 @@ from tests.watch import fake
 
 
 def lines_of(records) -> list[str]:
+    """The lines without the time of day that each begins with."""
+    lines = timed_lines_of(records)
+    assert all(re.match(r"\d\d:\d\d:\d\d  \S", line) for line in lines)
+    return [line[10:] for line in lines]
+
+
+def timed_lines_of(records) -> list[str]:
     view, lines = RunView(), []
     plain = Plain(lines.append)
     for record in records:
@@ -62,6 +71,18 @@ def test_a_line_holds_what_one_wants_to_know():
     assert "bits" not in eval_line({"kind": "eval", "step": 1, "val_loss": 2.0, "bits_per_byte": None})
 
 
+def test_a_line_begins_with_the_time_of_day_of_its_record(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    records = list(fake.records(2, steps=3, eval_every=3))
+    told = {line[:8] for line in timed_lines_of(records)}
+    monkeypatch.undo()
+    time.tzset()
+    assert told <= {f"{datetime.fromtimestamp(record['time'], UTC):%H:%M:%S}" for record in records}
+    far = {"kind": "event", "event": "note", "message": "Late.", "time": 1e300}
+    assert timed_lines_of([far]) == ["--:--:--  Late."]
+
+
 def test_messages_cannot_move_the_cursor():
     lines = lines_of([events.event("failed", "bad\x1b[2J\nthing", step=1, time=0.0)])
     assert lines == ["bad [2J thing"]
@@ -83,8 +104,9 @@ def test_a_follower_shows_notices_before_the_run_exists_and_reads_what_is_left_a
         assert follower.poll().state(0.0) == "starting"
         fake.write(run, list(fake.records(2, steps=10, eval_every=5)))
     lines = out.getvalue().splitlines()
-    assert lines.count("compiling kernels, once, about 20 s") == 1
-    assert lines[0].startswith("compiling") and lines[-1] == "Done: 10 steps." and follower.view.current_step == 10
+    assert sum("compiling kernels, once, about 20 s" in line for line in lines) == 1
+    assert lines[0][10:].startswith("compiling") and lines[-1].endswith("  Done: 10 steps.")
+    assert follower.view.current_step == 10
 
 
 def test_keyboard_interrupt_goes_through_after_the_last_line(tmp_path):
