@@ -1,12 +1,21 @@
 # Two commands do everything: `make train` and `make test`. Both make .venv and install first.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BEGAN := $(shell date +%s)
+# A part of the work: says what it does, and at its end how long it took. $(call part,what,command)
+part = @printf '%s ...\n' "$(1)"; began=$$(date +%s); $(2) && echo "... done in $$(($$(date +%s) - began)) s."
 
 .PHONY: train test test-backends check faults conformance harness install
 
+# The kernels that write are compiled beside the training, on what it leaves of the cores; `generate` compiles the rest.
 train: .venv/installed
-	$(BIN)/cllm-spheres train --preset small --steps 1500
-	$(BIN)/cllm-spheres generate --prompt "def " --tokens 150
+	@echo "Training a small model on the source text of Python's standard library; the kernels are compiled meanwhile ..."
+	@nice -n 19 $(BIN)/python -c "import cllm_spheres.inference.writer" 2>/dev/null & compiler=$$!; \
+	trap 'kill $$compiler 2>/dev/null' EXIT INT TERM; \
+	$(BIN)/cllm-spheres train --preset small --steps 1500 || exit; kill $$compiler 2>/dev/null; \
+	echo "Writing with it:" && $(BIN)/cllm-spheres generate --prompt "def " --tokens 150 && \
+	echo "All of it took $$(($$(date +%s) - $(BEGAN))) s. More text: $(BIN)/cllm-spheres generate --prompt 'class '"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
@@ -35,7 +44,7 @@ check: .venv/installed-dev
 
 # What lm-evaluation-harness says of a run behind our server: make harness RUN=runs/NAME. It takes about 1 GB of disk.
 harness: .venv/installed .venv-harness/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[web]'
+	$(PIP) --no-build-isolation --editable '.[web]'
 	$(BIN)/python -m cllm_spheres_bench.harness $(RUN) --python .venv-harness/bin/python
 
 .venv-harness/installed:
@@ -46,13 +55,14 @@ harness: .venv/installed .venv-harness/installed
 install: .venv/installed
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cllm-spheres needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cllm-spheres needs Python 3.11 or newer: make PYTHON=python3.12 ...')"
+	$(call part,Making a virtual environment in .venv,$(PYTHON) -m venv .venv)
+	$(call part,Installing numpy and numba and what else is needed (about 110 MB),$(PIP) --no-compile 'setuptools>=77' && \
+	    $(PIP) --no-compile --no-build-isolation --editable . && ($(BIN)/python -m compileall -qq -j 0 .venv/lib || true))
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(call part,Installing the development tools,$(PIP) --no-build-isolation --editable '.[dev]')
 	@touch $@
 
 .venv-conformance/installed: pyproject.toml
