@@ -129,7 +129,7 @@ def test_the_options_that_are_named_exist(path):
 
 @by_name
 def test_the_make_targets_that_are_named_exist(path):
-    targets = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
     for words in [code.split() for code in codes(path)] + commands(path):
         if words and words[0] == "make":
             assert [word for word in words[1:] if "=" not in word and word not in targets] == []

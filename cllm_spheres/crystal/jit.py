@@ -29,12 +29,21 @@ import llvmlite.ir as ir
 import numba
 import numpy as np
 from numba import types
-from numba.core import caching, sigutils
+from numba.core import caching, registry, sigutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from cllm_spheres import caches
 from cllm_spheres.crystal import cpu
+from cllm_spheres.errors import InputError
+
+if cpu.cap() is not None:
+    numba.config.reload_config()  # `cpu` has changed what numba reads from the environment
+    if registry.cpu_target.target_context.codegen().magic_tuple()[1:] != (cpu.cpu_name(), cpu.cpu_features()):
+        raise InputError(
+            f"{cpu.CPU_VARIABLE} is set, and numba has compiled for this CPU's own level in this process already."
+            " Import cllm_spheres before the first compilation."
+        )
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.

@@ -80,4 +80,4 @@ def test_node_zero_killed_at_random_leaves_nothing_and_every_run_ends_in_the_sam
         steps += [r["from_step"] for r in outcome.of("event") if r["event"] == "resume"]
         runs += 1
     print(f"{kills} kills of Node Zero in {runs} runs; resumed from steps {sorted(steps)}")
-    assert len(set(steps)) > 1  # some had saved something, and went on from there
+    assert any(steps)  # some had saved something, and went on from there
