@@ -27,7 +27,7 @@ from cllm_spheres_bench.machine import facts, installed, markdown, results_folde
 from cllm_spheres_bench.nasty_texts import nasty_texts
 
 import cllm_spheres as cs
-from cllm_spheres.exchange.export import export
+from cllm_spheres.exchange.export import TARGET_DTYPES, export
 from cllm_spheres.exchange.importing import import_model
 
 NUM_RANDOM_TEXTS = 3000
@@ -36,8 +36,9 @@ GREEDY = 64
 PROMPTS = ("def ", "import ", "The ", "class Error", "    return ", "# ")
 LIMIT = 1e-4  # what is promised; two orders below what a wrong weight, shape or formula gives
 # Rounding a weight of size w moves it by at most w * 2**-11 (f16) or w * 2**-8 (bf16); the logits here are sums of
-# about a hundred such errors of both signs. llama.cpp also rounds what it multiplies with to the weights' dtype.
-LIMITS = {"f32": LIMIT, "f16": 0.05, "bf16": 0.5}
+# about a hundred such errors of both signs. llama.cpp also rounds what it multiplies with to the weights' dtype. In q8_0
+# and q4_0 a weight moves by up to half a step, of which the largest weight of its block has 127 or 8.
+LIMITS = {"f32": LIMIT, "f16": 0.05, "bf16": 0.5, "q8_0": 0.2, "q4_0": 2.0}
 KINDS = {
     "byte": dict(tokenizer="byte", layers=2),
     "char": dict(tokenizer="char", layers=2, bias=False),
@@ -128,10 +129,11 @@ def _kinds(place: Path, library: Any) -> Iterator[Row]:
         if kind == "char":  # characters that are not in the vocabulary are an error, here and there
             known = set(model.tokenizer.characters)  # type: ignore[attr-defined]
             texts += ["".join(c for c in text if c in known) for text in texts]
-        for dtype in ("f32", "f16", "bf16"):
-            folder = place / f"{kind}-{dtype}"
-            export(run.path, "hf", folder, dtype=dtype, which="last")
-            yield from _transformers(kind, dtype, folder, model, texts)
+        for dtype in TARGET_DTYPES["gguf"]:
+            if dtype in TARGET_DTYPES["hf"]:
+                folder = place / f"{kind}-{dtype}"
+                export(run.path, "hf", folder, dtype=dtype, which="last")
+                yield from _transformers(kind, dtype, folder, model, texts)
             if kind != "word":
                 file = place / f"{kind}-{dtype}.gguf"
                 export(run.path, "gguf", file, dtype=dtype, which="last")

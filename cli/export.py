@@ -22,7 +22,9 @@ def export(
     to: Annotated[
         str, typer.Option(help="hf: for Hugging Face's transformers; gguf: for llama.cpp.", metavar="hf|gguf")
     ] = ...,  # type: ignore[assignment]
-    dtype: Annotated[str, typer.Option(help="How the weights are stored.", metavar="f32|f16|bf16")] = "f32",
+    dtype: Annotated[
+        str, typer.Option(help="How the weights are stored; q8_0 and q4_0 for gguf.", metavar="f32|f16|bf16|q8_0|q4_0")
+    ] = "f32",
     checkpoint: CheckpointName = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that stands there.")] = False,
 ) -> None:
@@ -51,6 +53,8 @@ def export(
         f"{target}: step {source.checkpoint.step:,} of {run} as {dtype}, {plural(len(files), 'file')},"
         f" {size(sum(files.values()))}: {', '.join(sorted(files))}."
     )
+    for note in exported.notes:
+        print(note)
     if to == "hf":
         most = max(1, source.shape.block_size - 1)
         print(

@@ -1,7 +1,8 @@
 """A checkpoint of a run -> a GGUF file that llama.cpp loads. Needs the package gguf (the extra `export`).
 
 GPT-2's matrices are [in, out] in our files and [out, in] here. The output matrix is written though it is tied: not
-every reader ties it. Vectors and positions stay float32, as llama.cpp's own converter leaves them.
+every reader ties it. Vectors and positions stay float32, as llama.cpp's own converter leaves them; in a file of q4_0
+the output matrix is q8_0, because llama.cpp's own quantiser gives it more bits too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.gguf_vocabulary import vocabulary
 from cllm_spheres.exchange.huggingface import with_biases
 from cllm_spheres.exchange.narrow import narrow
+from cllm_spheres.exchange.quantise import QUANTISED, can_be_quantised, kept_in_f16, quantise
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.exchange.target import check_file, write_file
 
@@ -28,7 +30,9 @@ _LAYER = {
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
     "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+_FILE_TYPES = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0",
+}  # fmt: skip
 
 
 def export_gguf(source: Source, target: Path, dtype: str, force: bool) -> dict[str, int]:
@@ -36,7 +40,8 @@ def export_gguf(source: Source, target: Path, dtype: str, force: bool) -> dict[s
     gguf = _library()
     check_file(target, force)
     words = vocabulary(source.tokenizer)
-    weights = list(_tensors(source, dtype))
+    kept_in_f16(source.shape, dtype)  # refuses where nothing could be quantised
+    weights = list(_tensors(gguf, source, dtype))
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, "gpt2")
@@ -50,16 +55,14 @@ def export_gguf(source: Source, target: Path, dtype: str, force: bool) -> dict[s
             for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
                 add(source.tokenizer.eot)
             writer.add_add_bos_token(False)
-            kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16,
-                     "uint16": gguf.GGMLQuantizationType.BF16}  # fmt: skip
-            raw = [(name, values.view(np.uint8), kinds[values.dtype.name]) for name, values in weights]
-            for name, bytes_, kind in raw:
-                writer.add_tensor_info(name, bytes_.shape, bytes_.dtype, bytes_.nbytes, kind)
+            for name, raw, stored in weights:
+                kind = gguf.GGMLQuantizationType[stored.upper()]
+                writer.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for _, bytes_, _ in raw:
-                writer.write_tensor_data(bytes_)
+            for _, raw, _ in weights:
+                writer.write_tensor_data(raw)
         finally:
             writer.close()
 
@@ -84,18 +87,31 @@ def _describe(writer: Any, gguf: ModuleType, source: Source, name: str, dtype: s
     writer.add_head_count(shape.heads)
     writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+    if dtype in QUANTISED:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _tensors(source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """llama.cpp's names, and C-contiguous arrays of at least one dimension."""
+def _tensors(gguf: ModuleType, source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray, str]]:
+    """llama.cpp's names, the bytes of C-contiguous arrays as uint8 of the same dimensions, and the dtypes."""
     for name, values in with_biases(source).items():
         theirs = _TOP.get(name) or _layer_name(name)
         if values.ndim == 2 and name.startswith("h."):
             values = np.ascontiguousarray(values.T)
-        stored = narrow(name, values, dtype if values.ndim == 2 and name != "wpe.weight" else "f32")
-        yield theirs, stored
+        stored = _stored(gguf, name, values, dtype)
+        yield theirs, *stored
         if name == "wte.weight":
-            yield "output.weight", stored
+            yield "output.weight", *(_stored(gguf, name, values, "q8_0") if dtype == "q4_0" else stored)
+
+
+def _stored(gguf: ModuleType, name: str, values: np.ndarray, dtype: str) -> tuple[np.ndarray, str]:
+    """The bytes of a tensor, and the dtype that it can have."""
+    if values.ndim == 1 or name == "wpe.weight":
+        dtype = "f32"
+    elif dtype in QUANTISED and not can_be_quantised(values.shape[1]):
+        dtype = "f16"
+    if dtype in QUANTISED:
+        return quantise(gguf, name, values, dtype), dtype
+    return narrow(name, values, dtype).view(np.uint8), dtype
 
 
 def _layer_name(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cllm_spheres.errors import InputError, nearest
@@ -11,10 +13,10 @@ SAFETENSORS = {"float32": "F32", "uint16": "BF16", "float16": "F16"}  # what `na
 TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
-def check_dtype(dtype: str) -> None:
-    """InputError names the nearest known one."""
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype cannot be {dtype!r}: {nearest(dtype, DTYPES)}")
+def check_dtype(dtype: str, known: Sequence[str], to: str) -> None:
+    """InputError names the nearest one that the target knows."""
+    if dtype not in known:
+        raise InputError(f"--dtype cannot be {dtype!r} with --to {to}: {nearest(dtype, known)}")
 
 
 def narrow(name: str, values: np.ndarray, dtype: str) -> np.ndarray:

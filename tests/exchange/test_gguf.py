@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import re
 
 import gguf
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from cllm_spheres.errors import InputError
+from cllm_spheres.exchange import gguf_file
 from cllm_spheres.exchange.export import export
 from cllm_spheres.exchange.gguf_vocabulary import vocabulary
+from cllm_spheres.exchange.quantise import quantise
+from cllm_spheres.inference.model import Model, load
 from tests.exchange.models import TEXTS, contents, make_run, tokenizers
 
 LIKE_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,6 +97,77 @@ def test_the_file_holds_every_weight_transposed_and_the_output_matrix(tmp_path, 
         "gpt2.feed_forward_length", "gpt2.attention.head_count", "tokenizer.ggml.model", "tokenizer.ggml.pre",
         "tokenizer.ggml.bos_token_id", "tokenizer.ggml.add_bos_token")}  # fmt: skip
     assert list(field.values()) == ["gpt2", 12, 16, 2, 40, 2, "gpt2", "gpt-2", tokenizers()["bpe"].eot, False]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A run whose rows are whole blocks of 32: its folder, and its weights."""
+    run = tmp_path_factory.mktemp("wide") / "run"
+    return run, make_run(run, tokenizers()["bpe"], width=64, ff_width=128)
+
+
+# How far the largest logit of all moves. Measured: 0.029 and 0.37, where the logits have a standard deviation of 0.95.
+FAR = {"q8_0": 0.1, "q4_0": 0.8}
+
+
+@pytest.mark.parametrize("dtype", FAR)
+def test_quantised_weights_are_ggmls_blocks_and_give_nearly_the_same_logits(tmp_path, wide, dtype):
+    run, weights = wide
+    done = export(run, "gguf", tmp_path / "x.gguf", dtype=dtype)
+    assert done.notes == ()
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    matrices = [f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")]
+    expected = dict.fromkeys(kinds, "F32") | dict.fromkeys([*matrices, "token_embd.weight"], dtype.upper())
+    assert kinds == expected | {"output.weight": "Q8_0"}  # positions, biases and norms stay as they are
+    assert reader.get_field("general.quantization_version").contents() == 2
+    assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"]
+    read = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    ours = {name: read[theirs].reshape(weights[name].shape) for name, theirs in gguf_file._TOP.items()}
+    for name in weights.keys() - ours.keys():
+        theirs = read[gguf_file._layer_name(name)]
+        ours[name] = theirs.T if theirs.ndim == 2 else theirs
+    exact = load(run, "last")
+    quantised = Model(exact.shape, exact.tokenizer, ours)
+    ids = np.arange(exact.shape.block_size) * 17
+    logits_TV = quantised.hidden_states(ids)[-1] @ read["output.weight"].T
+    difference = np.abs(logits_TV - exact.logits(ids)).max()
+    assert 0 < difference < FAR[dtype] < exact.logits(ids).std()
+
+
+def test_rows_that_are_no_whole_blocks_are_kept_in_f16_and_told_or_refused(tmp_path):
+    for sizes, told in (
+        (dict(width=64, ff_width=40), r"ffn_down of each layer is in f16.*multiple of 32.*has 40"),
+        (dict(width=48, ff_width=64, heads=2), r"Only the ffn_down of each layer is in q8_0.*have 48"),
+    ):
+        run = tmp_path / f"run-{sizes['width']}"
+        make_run(run, tokenizers()["byte"], **sizes)
+        (note,) = export(run, "gguf", tmp_path / "x.gguf", dtype="q8_0", force=True).notes
+        assert re.search(told, note)
+        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+        down, up = kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]
+        assert (down, up) == (("F16", "Q8_0") if sizes["width"] == 64 else ("Q8_0", "F16"))
+        assert kinds["output.weight"] == up
+    make_run(tmp_path / "narrow", tokenizers()["byte"], width=16, ff_width=40)
+    with pytest.raises(InputError, match=r"--dtype q4_0.*multiple of 32.*16 \(the width\) and 40.*Take f16"):
+        export(tmp_path / "narrow", "gguf", tmp_path / "y.gguf", dtype="q4_0")
+    with pytest.raises(InputError, match=r"'q4_0' with --to hf: known: bf16, f16, f32$"):
+        export(tmp_path / "narrow", "hf", tmp_path / "y", dtype="q4_0")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] in "xy") == ["x.gguf"]
+
+
+def test_a_scale_that_float16_cannot_hold_is_refused_and_one_of_zero_is_not():
+    values = np.zeros((2, 64), np.float32)
+    values[1, :32] = 1e-40  # 1 / scale is infinite
+    for dtype, most in (("q8_0", 127 * 65504.0), ("q4_0", 8 * 65504.0)):
+        kind = gguf.GGMLQuantizationType[dtype.upper()]
+        assert not gguf.dequantize(quantise(gguf, "w", values, dtype), kind).any()
+        large = values.copy()
+        large[0, 3] = most
+        assert gguf.dequantize(quantise(gguf, "w", large, dtype), kind)[0, 3] == most
+        large[0, 3] = -1.01 * most
+        with pytest.raises(InputError, match=rf"{dtype}: w has a weight of size .*Take bf16 or f32"):
+            quantise(gguf, "w", large, dtype)
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
