@@ -36,8 +36,8 @@ GREEDY = 64
 PROMPTS = ("def ", "import ", "The ", "class Error", "    return ", "# ")
 LIMIT = 1e-4  # what is promised; two orders below what a wrong weight, shape or formula gives
 # Rounding a weight of size w moves it by at most w * 2**-11 (f16) or w * 2**-8 (bf16); the logits here are sums of
-# about a hundred such errors of both signs. llama.cpp also rounds what it multiplies with to the weights' dtype. A weight
-# of q8_0 or q4_0 moves by up to half a step, of which the largest weight of its block has 127 or 8.
+# about a hundred such errors of both signs. llama.cpp also rounds what it multiplies with to the weights' dtype.
+# A weight of q8_0 or q4_0 moves by up to half a step, of which the largest weight of its block has 127 or 8.
 LIMITS = {"f32": LIMIT, "f16": 0.05, "bf16": 0.5, "q8_0": 0.2, "q4_0": 2.0}
 KINDS = {
     "byte": dict(tokenizer="byte", layers=2),
