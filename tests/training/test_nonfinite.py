@@ -38,8 +38,8 @@ def test_it_stops_with_the_step_the_sphere_and_the_tensor_and_keeps_the_last_che
 
 def test_the_command_that_is_advised_goes_on_from_the_best_checkpoint(corpus, tmp_path):
     plan = session.new_run(
-        corpus, TINY | {"steps": 12, "eval_every": 2, "keep": 10, "init": "lattice"}, run=tmp_path / "my run", file=None,
-        faults=["backward:8:0:nan"],
+        corpus, TINY | {"steps": 12, "eval_every": 2, "keep": 10, "init": "lattice"}, run=tmp_path / "my run",
+        file=None, faults=["backward:8:0:nan"],
     )  # fmt: skip
     outcome = finished(Launch().obey(plan))
     assert outcome.code == 1 and "Step 8: the gradient of sphere 0 is not finite" in outcome.message
