@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from cllm_spheres_cli.bench import bench
+from cllm_spheres_cli.cache import cache
 from cllm_spheres_cli.chat import chat
 from cllm_spheres_cli.crystal import crystal
 from cllm_spheres_cli.data import data
@@ -54,7 +55,7 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, runs, prune, generate, chat, serve, export, prepare, data, crystal, doctor):
+for command in (scale, watch, runs, prune, generate, chat, serve, export, prepare, data, crystal, doctor, cache):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("import")(import_)

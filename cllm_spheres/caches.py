@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
 from pathlib import Path
 
 from cllm_spheres.limits import unwritable
+
+TRIES = 100  # of `use`, where a folder is cleared again and again
 
 
 def wanted() -> Path:
@@ -23,10 +27,56 @@ def folder() -> Path | None:
     if problem(wanted()) is None:
         return wanted()
     try:
-        other = Path(tempfile.gettempdir()) / f"cllm-spheres-{os.getuid()}"
+        other = _other()
     except OSError:  # no temporary folder can be written
         return None
     return other if problem(other) is None else None
+
+
+def _other() -> Path:
+    return Path(tempfile.gettempdir()) / f"cllm-spheres-{os.getuid()}"
+
+
+def places() -> list[Path]:
+    """Those of both folders that are there and belong to this user; nothing is made."""
+    found = [wanted()]
+    with contextlib.suppress(OSError):
+        found.append(_other())
+    return [place for place in found if place.is_dir() and place.stat().st_uid == os.getuid()]
+
+
+def use(place: Path) -> int | None:
+    """Make a folder, and keep it from being cleared while this process, or one that it forks, lives; its descriptor.
+
+    None where that cannot be promised: on a file system without locks. OSError where it cannot be made.
+    """
+    for _ in range(TRIES):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if place.is_dir() and os.path.samestat(os.fstat(descriptor), place.stat()):
+                return descriptor
+        except BlockingIOError:
+            pass  # it is being cleared just now, and will have another name in a moment
+        except OSError:
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
+    return None
+
+
+def is_used(place: Path) -> bool:
+    """Whether a process uses a folder; where a file system has no locks that is not known, and False."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def problem(place: Path) -> str | None:

@@ -82,7 +82,7 @@ def _cache_folder() -> Path:
     if (root := caches.folder()) is not None:
         folder = root / "kernels" / name
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            caches.use(folder)  # for as long as this process lives
             if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
                 return folder
     return Path(tempfile.mkdtemp(prefix="cllm-spheres-"))

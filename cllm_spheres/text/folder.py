@@ -24,7 +24,7 @@ READABLE = (1, VERSION)  # 1: documents were never cut, and there was no report
 FILES = ("train.bin", "val.bin", "tokenizer.json")
 _LOCK = "lock"
 MANIFEST_BYTES = 16 << 20  # a real one has about 1,500 and the names of the sources
-_STALE_S = 600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
+STALE_S = 600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
 
 
 def is_prepared(folder: Path) -> bool:
@@ -162,7 +162,7 @@ def _remove_stale(target: Path) -> None:
     """Remove what a killed process left behind under this target's name."""
     for path in target.parent.glob(f".{target.name}.preparing-*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime < _STALE_S:
+            if time.time() - path.stat().st_mtime < STALE_S:
                 continue
             if (path / _LOCK).exists():
                 with (path / _LOCK).open() as lock:
