@@ -177,7 +177,8 @@ def _changed(options: Options, words: str) -> Options:
 
 
 def _save(talk: Chat, name: str) -> None:
-    from cllm_spheres.inference.conversation import SYSTEM, Message, written
+    from cllm_spheres.inference.conversation import written
+    from cllm_spheres.text.dialogue import SYSTEM, Message
 
     if not name:
         raise InputError("/save needs the name of a file.")

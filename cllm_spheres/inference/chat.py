@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.inference.conversation import ASSISTANT, SYSTEM, USER, Lead, Message, prompt_of
+from cllm_spheres.inference.conversation import Lead, prompt_of
 from cllm_spheres.inference.model import Model
 from cllm_spheres.inference.options import Options
+from cllm_spheres.text.dialogue import ASSISTANT, SYSTEM, USER, Message
 
 if TYPE_CHECKING:
     from cllm_spheres.inference.writer import Writer

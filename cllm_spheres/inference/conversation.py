@@ -1,16 +1,8 @@
 """Messages of a conversation -> the plain text that a base model goes on from, and where its answer ends.
 
-A model trained here knows no chat format, so turns are written as a play would be:
-
-    What the system says.
-
-    User: the first question
-    Assistant: the first answer
-    User: the second question
-    Assistant:
-
-The model writes on from there, and its answer ends before it would speak for the user. Where the model's block is too
-small the oldest turns are left out; what the system said and the last turn stay.
+A model trained here knows no chat format, so turns are written as a play would be (`text/dialogue.py`), and the last
+line is "Assistant:". The model writes on from there, and its answer ends before it would speak for the user. Where the
+model's block is too small the oldest turns are left out; what the system said and the last turn stay.
 """
 
 from __future__ import annotations
@@ -19,20 +11,10 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cllm_spheres.errors import InputError, nearest, shown
+from cllm_spheres.errors import InputError
+from cllm_spheres.text.dialogue import ASSISTANT, SPEAKERS, SYSTEM, Message, turns
 
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-ROLES = (SYSTEM, USER, ASSISTANT)
-SPEAKERS = {USER: "User", ASSISTANT: "Assistant"}
 STOP = ("\nUser:", "\nAssistant:")
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one of ROLES said."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -46,16 +28,7 @@ class Prompt:
 
 def written(messages: Sequence[Message]) -> str:
     """All messages as text, ready for the assistant's next words. InputError for an unknown role."""
-    system, turns = [], []
-    for message in messages:
-        if message.role not in ROLES:
-            raise InputError(f"There is no role {shown(message.role)}: {nearest(message.role, ROLES)}")
-        text = message.text.strip()
-        if message.role == SYSTEM:
-            system.append(text + "\n\n")
-        else:
-            turns.append(f"{SPEAKERS[message.role]}: {text}\n")
-    return "".join(system) + "".join(turns) + f"{SPEAKERS[ASSISTANT]}:"
+    return f"{turns(messages)}{SPEAKERS[ASSISTANT]}:"
 
 
 def prompt_of(

@@ -30,10 +30,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import InputError, NonFinite, SpheresError
-from cllm_spheres.inference.conversation import Message, prompt_of
+from cllm_spheres.inference.conversation import prompt_of
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options
 from cllm_spheres.spheres.server import die_with, ignore_signals
+from cllm_spheres.text.dialogue import Message
 from cllm_spheres.text.tokenizer import REPLACEMENT, StreamDecoder
 
 if TYPE_CHECKING:

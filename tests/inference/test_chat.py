@@ -6,8 +6,9 @@ import pytest
 
 from cllm_spheres.errors import InputError
 from cllm_spheres.inference.chat import Chat
-from cllm_spheres.inference.conversation import ASSISTANT, USER, Message, written
+from cllm_spheres.inference.conversation import written
 from cllm_spheres.inference.options import Options
+from cllm_spheres.text.dialogue import ASSISTANT, USER, Message
 from tests.inference.conftest import LETTERS, random_model
 
 OPTIONS = Options(tokens=8, seed=3)

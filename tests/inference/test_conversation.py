@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.inference.conversation import ROLES, STOP, Lead, Message, prompt_of, written
+from cllm_spheres.inference.conversation import STOP, Lead, prompt_of, written
+from cllm_spheres.text.dialogue import ROLES, Message
 
 TALK = [Message("system", "Be brief."), Message("user", " Hello "), Message("assistant", "Hi."), Message("user", "Bye")]
 

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from cllm_spheres.inference.conversation import STOP, Message, written
+from cllm_spheres.inference.conversation import STOP, written
+from cllm_spheres.text.dialogue import Message
 from tests.web.served import events
 
 
