@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,8 @@ _SAMPLE_TOKENS = 80
 
 def data(
     folder: Annotated[Path, typer.Argument(help="A prepared folder.", metavar="DIR")],
+    files: Annotated[bool, typer.Option("--files", help="Show what became of each file instead.")] = False,
+    skipped: Annotated[bool, typer.Option("--skipped", help="With --files: only those that were left out.")] = False,
 ) -> None:
     """Show the counts, the vocabulary and samples of a prepared folder, and check its files."""
     from rich.console import Console
@@ -29,6 +31,11 @@ def data(
 
     console = Console()
     prepared = Prepared.open(folder)
+    if files or skipped:
+        for record in prepared.report():
+            if not skipped or record.get("reason") or record.get("skipped"):
+                print(_line(record))
+        return
     prepared.verify()
     manifest = prepared.manifest
     table = Table(title=Text(str(folder)), title_justify="left")
@@ -39,13 +46,13 @@ def data(
         ratio = f"{part['bytes'] / part['tokens']:.3f}" if part["tokens"] else "-"
         table.add_row(name, *(f"{part[key]:,}" for key in ("documents", "bytes", "tokens")), ratio)
     console.print(table)
-    skipped = describe_skipped(manifest["skipped"])
+    left_out = describe_skipped(manifest["skipped"])
     vocabulary = f"vocabulary {prepared.vocab_size:,}, end of text {prepared.eot}"
     facts = {
         "sources": ", ".join(manifest["sources"]),
         "tokenizer": f"{manifest['tokenizer']}, {vocabulary}",
         "validation": prepared.share_text(),
-        "skipped": ", ".join(skipped) or "nothing",
+        "skipped": ", ".join(left_out) or "nothing",
         "files": f"{manifest['dtype']}, sha256 as in the manifest, data {prepared.fingerprint[:16]}",
     }
     if notes := [*manifest["notes"], *filter(None, [prepared.share_warning()])]:
@@ -59,6 +66,25 @@ def data(
             if sample:
                 console.rule(Text(f"{part}, token {start:,}"), align="left", characters="-")
                 console.print(_shown(prepared.tokenizer, sample), soft_wrap=True)
+
+
+def _line(record: dict[str, Any]) -> str:
+    """part, tokens, bytes, kind, encoding and path of a file, and what was left out of it."""
+    from cllm_spheres.text.files import describe_skipped
+
+    path, of = (
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in record.get(name, "")) for name in ("path", "of")
+    )
+    what = f"{record.get('kind', '-')}, {record['encoding']}" if record.get("encoding") else record.get("kind", "-")
+    if reason := record.get("reason"):
+        return f"{'skipped':>7} {reason:>14} {record['bytes']:>13,}  {what}  {path}" + (f"  (of {of})" if of else "")
+    left_out = describe_skipped(record.get("skipped", {}))
+    if lost := record.get("lost"):
+        left_out.append(f"{lost:,} bytes became U+FFFD")
+    if fields := record.get("fields"):
+        left_out.append(f"no known field: {', '.join(fields)}")
+    more = f"  ({'; '.join(left_out)})" if left_out else ""
+    return f"{record.get('part', '-'):>7} {record.get('tokens', 0):>14,} {record['bytes']:>13,}  {what}  {path}{more}"
 
 
 def _shown(tokenizer: Tokenizer, sample: list[int]) -> Text:

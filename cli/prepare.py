@@ -36,15 +36,15 @@ def prepare(
 ) -> None:
     """Turn text into tokens on disk, for `cllm-spheres train DIR`.
 
-    Reads text in any common encoding, html, .jsonl with a "text", gz, and with
-    the extra `documents` PDF and DOCX, whatever the files are called. Skips and
-    counts hidden and binary files and exact duplicates.
+    Reads text in any common encoding, html, .jsonl with texts or dialogues, gz,
+    and with the extra `documents` PDF and DOCX, whatever the files are called.
+    Skips hidden and binary files and exact duplicates, and says which.
     """
     from cllm_spheres_cli.progress import interruptible, progress_of
     from rich.console import Console
 
-    from cllm_spheres.text.files import describe_skipped
     from cllm_spheres.text.prepare import prepare as prepare_text
+    from cllm_spheres.text.report import left_out_lines
 
     given = None
     if from_ is not None:
@@ -77,13 +77,9 @@ def prepare(
         highlight=False,
         soft_wrap=True,
     )
-    skipped = describe_skipped(manifest["skipped"])
-    validation = f"For validation: {prepared.share_text()}."
-    lines = [
-        validation,
-        *filter(None, [prepared.share_warning()]),
-        *manifest["notes"],
-        *(["Skipped: " + ", ".join(skipped) + "."] if skipped else []),
-    ]
-    for line in [*lines, f"Next: {own_name()} train {out}"]:
+    lines = [f"For validation: {prepared.share_text()}.", prepared.share_warning(), *manifest["notes"]]
+    lines += [f"Skipped: {line}" for line in left_out_lines(manifest["left_out"])]
+    if manifest["left_out"]:
+        lines.append(f"All that was skipped: {own_name()} data {out} --files --skipped")
+    for line in [*filter(None, lines), f"Next: {own_name()} train {out}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

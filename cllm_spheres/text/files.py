@@ -16,7 +16,7 @@ REASONS = {
     "hidden": "hidden",
     "binary": "binary",
     "empty": "empty",
-    "undecodable": "undecodable",
+    "undecodable": "in an encoding that cannot be told (convert them to UTF-8)",
     "duplicate": "duplicates of an earlier document",
     "no permission": "without read permission",
     "unreadable": "unreadable",
@@ -31,6 +31,7 @@ REASONS = {
     "docx": "DOCX files skipped: pip install 'cllm-spheres[documents]'",
     "broken jsonl line": "broken jsonl lines",
     "jsonl line without text": "jsonl lines without a text",
+    "jsonl line with another dialogue": "jsonl lines with a role or a content that is not text",
 }
 
 
@@ -40,11 +41,16 @@ class NotText(Exception):
 
 @dataclass
 class FileList:
-    """Files in reading order with their sizes in bytes, and how many were left out for which reason."""
+    """Files in reading order with their sizes in bytes, and (path, reason, size) of what was left out."""
 
     paths: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    left_out: list[tuple[str, str, int]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many were left out, by reason."""
+        return Counter(reason for _, reason, _ in self.left_out)
 
     @property
     def total_bytes(self) -> int:
@@ -53,9 +59,9 @@ class FileList:
     def add(self, path: str, status: os.stat_result) -> None:
         """Take a regular file that is not empty; count anything else."""
         if not stat.S_ISREG(status.st_mode):
-            self.skipped["special"] += 1
+            self.left_out.append((path, "special", 0))
         elif status.st_size == 0:
-            self.skipped["empty"] += 1
+            self.left_out.append((path, "empty", 0))
         else:
             self.paths.append(path)
             self.sizes.append(status.st_size)
@@ -89,25 +95,25 @@ def _walk(folder: str, found: FileList) -> None:
         try:
             entries = sorted(os.scandir(current), key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            found.skipped[reason_of(error)] += 1
+            found.left_out.append((current, reason_of(error), 0))
             continue
         if _is_prepared(entries):
-            found.skipped["prepared folder"] += 1
+            found.left_out.append((current, "prepared folder", 0))
             continue
         folders = []
         for entry in entries:
             if entry.name.startswith("."):
-                found.skipped["hidden"] += 1
+                found.left_out.append((entry.path, "hidden", 0))
                 continue
             try:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                 elif entry.is_dir():
-                    found.skipped["linked folder"] += 1  # it may lead round in a circle
+                    found.left_out.append((entry.path, "linked folder", 0))  # it may lead round in a circle
                 else:
                     found.add(entry.path, entry.stat())
             except OSError as error:
-                found.skipped[reason_of(error)] += 1
+                found.left_out.append((entry.path, reason_of(error), 0))
         pending.extend(reversed(folders))
 
 

@@ -22,6 +22,9 @@ FORMAT = "cllm-spheres prepared text"
 VERSION = 2
 READABLE = (1, VERSION)  # 1: documents were never cut, and there was no report
 FILES = ("train.bin", "val.bin", "tokenizer.json")
+REPORT = (
+    "files.jsonl"  # what became of each file: no part of the data, so that the same text elsewhere is the same data
+)
 _LOCK = "lock"
 MANIFEST_BYTES = 16 << 20  # a real one has about 1,500 and the names of the sources
 STALE_S = 600  # a building folder that nobody holds is left by a killed process; young ones may not be locked yet
@@ -142,6 +145,11 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """What a manifest says of a file; its hash may be known already."""
+    return {"bytes": path.stat().st_size, "sha256": sha256 or hash_file(path)}
 
 
 def _sync(path: Path) -> None:

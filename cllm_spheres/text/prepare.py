@@ -26,9 +26,10 @@ from cllm_spheres.machine import usable_cores
 from cllm_spheres.text import folder
 from cllm_spheres.text.embedded import embedded_files, embedded_name
 from cllm_spheres.text.files import FileList, describe_skipped, list_files
+from cllm_spheres.text.jsonl import is_json_lines
 from cllm_spheres.text.pool import Pool, Report
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.text.reading import is_json_lines
+from cllm_spheres.text.report import write_report
 from cllm_spheres.text.split import split_documents
 from cllm_spheres.text.spool import Part, read_index
 from cllm_spheres.text.tokenizer import load_tokenizer
@@ -145,7 +146,7 @@ class _Preparation:
         self.work.mkdir()
 
     def run(self, files: FileList, sources: list[str], settings: Settings) -> None:
-        rows, skipped = self.read(files)
+        rows, first, num_tasks, skipped = self.read(files)
         if not len(rows):
             raise no_text(sources, skipped)
         train, val = split_documents(rows, settings.val_fraction, self.work)
@@ -164,7 +165,12 @@ class _Preparation:
             tokenizer.save(self.temporary / "tokenizer.json")
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         self.total, self.done = sum(part.size for part in parts.values()), 0
+        self.row_tokens = {name: np.zeros(len(part.rows), np.int64) for name, part in parts.items()}
         counts = {name: self.encode(name, part, ranges[name], dtype) for name, part in parts.items()}
+        summary = write_report(
+            self.temporary, self.work, num_tasks, files, first, {name: part.rows for name, part in parts.items()},
+            self.row_tokens,
+        )  # fmt: skip
         shutil.rmtree(self.work)
         tokens = sum(count["tokens"] for count in counts.values())
         manifest: dict[str, Any] = {
@@ -183,20 +189,21 @@ class _Preparation:
             "val_fraction": settings.val_fraction,
             "cut": len(train.rows) + len(val.rows) - len(rows),
             "skipped": dict(sorted(skipped.items())),
-            "notes": notes,
+            "left_out": summary.left_out,
+            "notes": [*summary.notes, *notes],
             "sources": sources,
-            "files": {},
+            "report": folder.entry_of(self.temporary / folder.REPORT),
+            "files": {
+                name: folder.entry_of(self.temporary / name, counts.get(Path(name).stem, {}).get("sha256"))
+                for name in folder.FILES
+            },
         }
-        for name in folder.FILES:
-            path = self.temporary / name
-            digest = counts[path.stem]["sha256"] if path.stem in counts else folder.hash_file(path)
-            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest}
         folder.write_manifest(self.temporary, manifest)
 
-    def read(self, files: FileList) -> tuple[np.ndarray, Counter[str]]:
-        """All files into the spool: index rows without duplicates, and what was left out."""
+    def read(self, files: FileList) -> tuple[np.ndarray, np.ndarray, int, Counter[str]]:
+        """All files into the spool: what `read_index` gives, the number of spool files, and what was left out."""
         tasks = list(_read_tasks(files, str(self.work)))
-        skipped = files.skipped.copy()
+        skipped = files.skipped
         read = np.zeros(len(tasks), np.int64)  # bytes of each task
         sizes = [task["bytes"] for task in tasks]
 
@@ -208,9 +215,9 @@ class _Preparation:
         for number, result in enumerate(self.results(tasks, report)):
             skipped.update(result["skipped"])
             report(number, sizes[number])
-        rows, num_duplicates = read_index(self.work, len(tasks))
-        skipped.update({"duplicate": num_duplicates} if num_duplicates else {})
-        return rows, skipped
+        rows, first = read_index(self.work, len(tasks))
+        skipped["duplicate"] += len(first) - len(rows)
+        return rows, first, len(tasks), +skipped
 
     def encode(self, name: str, part: Part, ranges: list[tuple[int, int]], dtype: str) -> dict[str, Any]:
         """One part into its .bin; its counts and sha256."""
@@ -225,6 +232,9 @@ class _Preparation:
             for task, result in zip(tasks, self.results(tasks), strict=True):
                 data = Path(task["out"]).read_bytes()
                 os.unlink(task["out"])
+                rows, row_tokens = np.fromfile(f"{task['out']}.rows", np.int64).reshape(2, -1)
+                np.add.at(self.row_tokens[name], rows, row_tokens)
+                os.unlink(f"{task['out']}.rows")
                 out.write(data)
                 digest.update(data)
                 tokens += result["tokens"]
@@ -271,7 +281,7 @@ def _units(part: Part) -> Iterator[tuple[int, int]]:
 
 def _read_tasks(files: FileList, work: str) -> Iterator[Task]:
     """Groups of files of about READ_BYTES; a large .jsonl becomes several ranges."""
-    pending: list[tuple[str, int, int | None]] = []
+    pending: list[tuple[str, int, int | None, int]] = []
     size, number = 0, 0
 
     def task() -> Task:
@@ -281,7 +291,7 @@ def _read_tasks(files: FileList, work: str) -> Iterator[Task]:
         step = JSONL_BYTES if bytes_ > 2 * JSONL_BYTES and is_json_lines(path) else bytes_
         for begin in range(0, bytes_, step):
             end = min(begin + step, bytes_) if step < bytes_ else None
-            pending.append((path, begin, end))
+            pending.append((path, begin, end, bytes_))
             size += min(step, bytes_ - begin)
             if size >= READ_BYTES or len(pending) >= READ_FILES:
                 yield task()

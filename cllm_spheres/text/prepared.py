@@ -119,6 +119,23 @@ class Prepared:
             f"{percent(self.val_share)} of the tokens are for validation, and {percent(asked)} were asked for. {cure}"
         )
 
+    def report(self) -> Iterator[dict[str, Any]]:
+        """What became of each file: the records of `cllm_spheres.text.report`. InputError where there are none."""
+        entry = self.manifest.get("report")
+        if entry is None:
+            raise InputError(
+                f"{self.folder} was prepared by an older version, which kept no report on its files. Prepare the text"
+                " again to have one."
+            )
+        path = self.folder / folders.REPORT
+        try:
+            if not path.is_file() or folders.entry_of(path) != entry:
+                raise _damaged(self.folder, f"{folders.REPORT} is not what was written")
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        except OSError as error:
+            raise _damaged(self.folder, f"{folders.REPORT}: {error.strerror}") from None
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; InputError where its file does not fit the manifest."""
@@ -194,8 +211,15 @@ def _wrong_entries(manifest: dict[str, Any]) -> Iterator[str]:
         counts = manifest.get(part)
         if not isinstance(counts, dict) or not all(_is_count(counts.get(name)) for name in _COUNTS):
             yield part
-    counts = (*_COUNTS, "cut") if manifest["version"] == folders.VERSION else _COUNTS
-    yield from (name for name in counts if not _is_count(manifest.get(name)))
+    yield from (name for name in _COUNTS if not _is_count(manifest.get(name)))
+    if manifest["version"] == folders.VERSION:
+        if not _is_count(manifest.get("cut")):
+            yield "cut"
+        if not _is_entry(manifest.get("report")):
+            yield "report"
+        left_out = manifest.get("left_out")
+        if not isinstance(left_out, list) or not all(map(_is_left_out, left_out)):
+            yield "left_out"
     for name in ("bytes_per_token", "val_fraction"):
         if type(manifest.get(name)) not in (int, float):
             yield name
@@ -215,6 +239,17 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+
+
+def _is_left_out(entry: Any) -> bool:
+    """Whether this is an entry of `left_out`: see `cllm_spheres.text.report`."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("reason"), str)
+        and all(_is_count(entry.get(name)) for name in ("count", "files", "bytes"))
+        and isinstance(entry.get("first"), list)
+        and all(isinstance(name, str) for name in entry["first"])
+    )
 
 
 def _map(folder: Path, name: str, dtype: str) -> npt.NDArray[np.unsignedinteger]:

@@ -64,6 +64,10 @@ class SpoolWriter:
         """A point to which `abort` can return."""
         return len(self._rows)
 
+    def count_since(self, mark: int) -> int:
+        """Documents that were ended since `mark`."""
+        return (len(self._rows) - mark) // 5
+
     def abort(self, mark: int | None = None) -> None:
         """Forget the open document, and all documents ended since `mark`."""
         if mark is not None and mark < len(self._rows):
@@ -89,14 +93,19 @@ class SpoolWriter:
         self._blank = True
 
 
-def read_index(folder: Path, num_files: int) -> tuple[npt.NDArray[np.void], int]:
-    """Rows of all documents in reading order without exact duplicates, and how many those were."""
+def read_index(folder: Path, num_files: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+    """Rows of all documents in reading order without exact duplicates.
+
+    And of every document the number of the first one that is the same, which is its own for those that are kept.
+    """
     rows = np.concatenate([np.zeros(0, ROW), *(np.fromfile(folder / f"{i}.index", ROW) for i in range(num_files))])
     order = np.lexsort((rows["hash_low"], rows["hash"]))  # stable: the first of equals stays first
     high, low = rows["hash"][order], rows["hash_low"][order]
-    repeated = np.zeros(len(rows), bool)
-    repeated[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    return rows[~repeated], int(repeated.sum())
+    begins = np.ones(len(rows), bool)
+    begins[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    first = np.empty(len(rows), np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))]
+    return rows[first == np.arange(len(rows))], first
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,8 @@ class SpoolReader:
         self.starts = part.starts()
         self._file: tuple[int, BinaryIO] | None = None
 
-    def pieces(self, low: int, high: int) -> Iterator[tuple[str, bool]]:
-        """The text of about [low, high) in pieces, each with whether it begins a document after the first.
+    def pieces(self, low: int, high: int) -> Iterator[tuple[str, int, bool]]:
+        """The text of about [low, high) in pieces: (text, row, whether it begins a row after the first).
 
         Inner borders move back to white space; ranges that touch give every byte exactly once.
         """
@@ -137,7 +146,7 @@ class SpoolReader:
             while here < end:
                 nominal = ((here + CUT_WINDOW) // PIECE_BYTES + 1) * PIECE_BYTES
                 there = end if nominal >= end else self.cut(d, nominal)
-                yield self.read(d, here, there).decode("utf-8", "replace"), starts_here
+                yield self.read(d, here, there).decode("utf-8", "replace"), d, starts_here
                 starts_here = False
                 here = there
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from cllm_spheres.errors import InputError
 from cllm_spheres.text.reading import read_file
+from cllm_spheres.text.report import files_of, line_of
 from cllm_spheres.text.spool import ROW, Part, SpoolReader, SpoolWriter
 from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -36,11 +38,15 @@ def run_task(task: Task, report: Report = lambda done: None) -> Task:
 
 
 def _read(task: Task, report: Report) -> Task:
-    """files: [path, begin, end] -> spool file `number`; counts of what was skipped."""
-    spool = SpoolWriter(Path(task["work"]), task["number"], report)
+    """files: [path, begin, end, size] -> spool file `number`, and a line on each; counts of what was skipped."""
+    work, number = Path(task["work"]), task["number"]
+    spool = SpoolWriter(work, number, report)
     skipped: Counter[str] = Counter()
-    for path, begin, end in task["files"]:
-        skipped += read_file(path, spool, begin, end)
+    with files_of(work, number).open("w", encoding="utf-8") as lines:
+        for path, begin, end, size in task["files"]:
+            read = read_file(path, spool, begin, end)
+            skipped += read.skipped
+            lines.write(line_of(path, begin, size, read))
     return {"skipped": skipped, "documents": spool.close()}
 
 
@@ -68,7 +74,7 @@ def _reader(task: Task) -> SpoolReader:
 def _characters(task: Task, report: Report) -> Task:
     """The distinct characters of a range of text."""
     seen: set[str] = set()
-    for text, _ in _reader(task).pieces(task["low"], task["high"]):
+    for text, _, _ in _reader(task).pieces(task["low"], task["high"]):
         seen.update(text)
     return {"characters": "".join(sorted(seen))}
 
@@ -76,7 +82,7 @@ def _characters(task: Task, report: Report) -> Task:
 def _words(task: Task, report: Report) -> Task:
     """Counts of the words of a range of text, in file `out`."""
     counts: Counter[str] = Counter()
-    for text, _ in _reader(task).pieces(task["low"], task["high"]):
+    for text, _, _ in _reader(task).pieces(task["low"], task["high"]):
         counts.update(text.split())
     Path(task["out"]).write_text(json.dumps(counts))
     return {}
@@ -89,7 +95,7 @@ def _train_bpe(task: Task, report: Report) -> Task:
     def texts() -> Iterator[str]:
         done = 0
         for low, high in task["ranges"]:
-            for text, _ in reader.pieces(low, high):
+            for text, _, _ in reader.pieces(low, high):
                 yield text
             done += high - low
             report(done)
@@ -101,22 +107,25 @@ def _train_bpe(task: Task, report: Report) -> Task:
 
 
 def _encode(task: Task, report: Report) -> Task:
-    """The ids of a range of text, with end of text between documents, in file `out`."""
+    """The ids of a range of text, end of text between documents, in file `out`; their number by row in OUT.rows."""
     path = task["tokenizer"]
     if path not in _tokenizers:
         _tokenizers[path] = load_tokenizer(Path(path))
     tokenizer = _tokenizers[path]
     eot = np.array([tokenizer.eot], np.int64)
-    num_tokens, num_documents = 0, 0
+    rows, counts = array("q"), array("q")
+    num_documents = 0
     with open(task["out"], "wb") as out, _parallel(False):
-        for text, starts_document in _reader(task).pieces(task["low"], task["high"]):
+        for text, row, starts_document in _reader(task).pieces(task["low"], task["high"]):
             ids_N = tokenizer.encode_array(text)
             if starts_document:
                 ids_N = np.concatenate([eot, ids_N])
                 num_documents += 1
-            num_tokens += len(ids_N)
+            rows.append(row)
+            counts.append(len(ids_N))
             out.write(ids_N.astype(task["dtype"]).tobytes())
-    return {"tokens": num_tokens, "documents": num_documents}
+    np.array([rows, counts], np.int64).tofile(task["out"] + ".rows")
+    return {"tokens": sum(counts), "documents": num_documents}
 
 
 class _parallel:

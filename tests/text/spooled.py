@@ -4,7 +4,7 @@ from cllm_spheres.text.spool import SpoolReader, SpoolWriter, read_index
 
 
 def spooled(folder, documents, per_file=3):
-    """The index rows without duplicates, and how many duplicates there were."""
+    """The index rows without duplicates, and of each document the first that is the same."""
     num_files = -(-len(documents) // per_file)
     for number in range(num_files):
         writer = SpoolWriter(folder, number)
@@ -20,7 +20,7 @@ def texts_of(folder, part, step=1 << 20):
     reader = SpoolReader(folder, part)
     texts = [""] if len(part.rows) else []
     for low in range(0, part.size, step):
-        for text, starts_document in reader.pieces(low, min(low + step, part.size)):
+        for text, _, starts_document in reader.pieces(low, min(low + step, part.size)):
             if starts_document:
                 texts.append("")
             texts[-1] += text

@@ -59,7 +59,8 @@ def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
     code, out, error = run("prepare", corpus, "--tokenizer", "bpe", "--vocab-size", "300", "--out", tmp_path / "out")
     assert (code, error) == (0, "")
     assert "For validation: " in out and "of the tokens (10 % of the text asked for)." in out
-    assert "30 documents" in out and "vocabulary of 300" in out and "Skipped: 1 binary." in out
+    assert "30 documents" in out and "vocabulary of 300" in out
+    assert f"Skipped: 1 binary: {corpus / 'x.bin'}" in out
     assert f"cllm-spheres train {tmp_path / 'out'}" in out
     code, out, error = run("data", tmp_path / "out")
     assert (code, error) == (0, "")
@@ -72,6 +73,10 @@ def test_prepare_says_what_it_made_and_data_shows_it(corpus, tmp_path):
         "of the tokens (10 % of the text",
     ):
         assert words in out
+    code, shown, error = run("data", tmp_path / "out", "--files")
+    assert (code, error, len(shown.splitlines())) == (0, "", 31) and shown.count("  text, utf-8  ") == 30
+    code, shown, _ = run("data", tmp_path / "out", "--files", "--skipped")
+    assert code == 0 and shown.split() == ["skipped", "binary", "1", "-", str(corpus / "x.bin")]
     assert "\x1b[31m" not in out, "control characters of a text do not reach the terminal"
 
 

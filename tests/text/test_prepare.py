@@ -101,6 +101,7 @@ def test_the_manifest_says_what_the_files_hold(corpus, tmp_path):
     prepared = prepare([corpus], out, tokenizer="bpe", vocab_size=300)
     manifest = json.loads((out / "manifest.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == [
+        "files.jsonl",
         "manifest.json",
         "tokenizer.json",
         "train.bin",

@@ -225,12 +225,14 @@ def reseal(folder, **entries):
 
 def test_a_folder_of_the_first_version_still_opens_and_says_what_its_share_is(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name in ("cut", "manifest_sha256"):
+    for name in ("cut", "report", "left_out", "manifest_sha256"):
         del manifest[name]
     manifest |= {"version": 1, "split": "document", "val_fraction": 0.01, "tokens": 5000}
     folders.write_manifest(folder, manifest)
     prepared = Prepared.open(folder)
     prepared.verify()
+    with pytest.raises(InputError, match="kept no report on its files"):
+        list(prepared.report())
     assert "older version" in prepared.share_warning() and "1 %" in prepared.share_text()
 
 
@@ -241,7 +243,7 @@ def test_a_folder_of_the_first_version_still_opens_and_says_what_its_share_is(fo
         {"dtype": ["uint16"]}, {"train": 3}, {"train": {"documents": 1, "bytes": 1, "tokens": "1"}},
         {"vocab_size": True},
         {"vocab_size": 2**31 + 1}, {"eot": 270}, {"skipped": {"binary": "3"}}, {"sources": None}, {"notes": [1]},
-        {"tokenizer": {}}, {"val_fraction": "0.1"}, {"documents": -1}, {"cut": None},
+        {"tokenizer": {}}, {"val_fraction": "0.1"}, {"documents": -1}, {"cut": None}, {"report": 3}, {"left_out": [{}]},
     ],
 )  # fmt: skip
 def test_entries_of_another_kind_under_a_true_hash_are_named(folder, entries):

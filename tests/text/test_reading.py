@@ -7,10 +7,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cllm_spheres.inference.conversation import written
 from cllm_spheres.text import reading
+from cllm_spheres.text.dialogue import ASSISTANT, USER, Message
+from cllm_spheres.text.encoding import encoding_of
 from cllm_spheres.text.files import NotText
 from cllm_spheres.text.reading import read_file
 from cllm_spheres.text.spool import ROW, SpoolWriter
@@ -20,19 +23,19 @@ TEXT = "Grüße aus Köln, naïve façade — 12 spheres.\nSecond line.\n"
 
 @pytest.fixture
 def read(tmp_path):
-    """bytes -> (documents, counts of what was skipped)."""
+    """bytes -> (documents, counts of what was skipped); the whole record in `run.last`."""
 
     def run(data, name="file.bin", begin=0, end=None):
         path = tmp_path / name
         path.write_bytes(data)
         spool = SpoolWriter(tmp_path, 0)
-        skipped = read_file(str(path), spool, begin, end)
-        spool.close()
+        run.last = read_file(str(path), spool, begin, end)
+        assert run.last.documents == spool.close()
         text = (tmp_path / "0.txt").read_bytes()
         rows = np.fromfile(tmp_path / "0.index", ROW)
         assert rows["size"].sum() == len(text), "nothing of a dropped document stays in the spool"
         documents = [text[row["offset"] : row["offset"] + row["size"]].decode() for row in rows]
-        return documents, dict(skipped)
+        return documents, dict(run.last.skipped)
 
     return run
 
@@ -63,6 +66,48 @@ def test_a_text_may_hold_the_replacement_character(read):
     assert read("a \ufffd b".encode()) == (["a \ufffd b"], {})
 
 
+LONG = "Grüße aus Köln, naïve façade — 12 spheres.\n" * 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
+def test_a_damaged_byte_costs_a_character_and_no_file(read, encoding):
+    """A byte that is nothing in the encoding: of UTF-16 half a pair, of cp1252 one that is not defined."""
+    bad = {"utf-16": b"\x00\xd8", "utf-32": b"\xff" * 4, "cp1252": b"\x81"}.get(encoding, b"\xff")
+    begin, more = LONG.encode(encoding), LONG.encode(encoding)[len("".encode(encoding)) :]
+    (text,), skipped = read(begin + bad + more)
+    assert skipped == {} and read.last.lost == len(bad)
+    assert text.replace("\ufffd", "") == LONG * 2 and text.count("\ufffd") == len(bad)
+
+
+@pytest.mark.parametrize(("bad", "kept"), [(1, True), (10, True), (11, False)])
+def test_a_thousandth_of_the_bytes_may_be_damaged(read, bad, kept):
+    """One more, and the next encoding is tried, in which the same byte is a letter."""
+    data = bytearray(b"plain words \n" * 770)[:10_000]
+    data[0 : bad * 3 : 3] = b"\xff" * bad
+    (text,), _ = read(bytes(data))
+    assert (text.count("\ufffd"), read.last.lost) == ((bad, bad) if kept else (0, 0))
+    assert text.count("ÿ") == (0 if kept else bad) and read.last.encoding == ("utf-8" if kept else "cp1252")
+
+
+def test_a_zero_in_a_log_costs_a_character_and_no_file(read):
+    assert read(LONG.encode() + b"\0\0" + LONG.encode()) == ([LONG + "\ufffd\ufffd" + LONG], {})
+
+
+def test_rare_accents_in_an_english_text_are_those_of_cp1252(read):
+    text = "plain words, and one café\n" + "plain words\n" * 500
+    assert read(text.encode("cp1252")) == ([text], {})
+
+
+def test_a_log_of_two_encodings_is_read_in_both(read):
+    assert read("Käse, Öl, Gemüse\n".encode() + "Grüße\n".encode("cp1252")) == (["Käse, Öl, Gemüse\nGrüße\n"], {})
+    assert read.last.encoding == "utf-8 with cp1252"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_known_without_its_mark(read, encoding):
+    assert read(LONG.encode(encoding)) == ([LONG], {})
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -70,12 +115,12 @@ def test_a_text_may_hold_the_replacement_character(read):
         (b" \n\t\r\n", "empty"),
         (b"\xef\xbb\xbf", "empty"),
         (b"\x7fELF\x02\x01\x01\0\0\0\0", "binary"),
-        (b"text at first " * 100 + b"\0", "binary"),
+        (b"text at first " * 60 + b"\0", "binary"),
+        (b"text at first " * 20 + b"\0\1\2\3" * 9, "binary"),
         (bytes(range(1, 256)) * 4, "binary"),
         (np.random.default_rng(0).bytes(5000), "binary"),
         ("Привет, мир. Как дела?".encode("cp1251"), "undecodable"),
         ("日本語のテキストです。".encode("shift_jis"), "undecodable"),
-        ("Käse, Öl, Gemüse".encode() + b"\xff\xfe broken", "undecodable"),
         (b"\xff\xfe\x00\xd8\x00\xd8a\0", "undecodable"),
         (b"PK\x03\x04 a zip of something", "binary"),
         (gzip.compress(b"hello hello hello")[:-9], "damaged gz"),
@@ -111,11 +156,48 @@ def test_every_line_of_a_jsonl_is_a_document(read):
     )
 
 
+DIALOGUE = "Be brief.\n\nUser: Why twelve?\nAssistant: No more fit.\nUser: In 24 dimensions?\nAssistant: 196,560\n"
+TURNS = [
+    {"role": "user", "content": "Why twelve? "}, {"role": "assistant", "content": "No more fit."},
+    {"role": "user", "content": [{"type": "text", "text": "In 24 dimensions?"}]},
+    {"role": "assistant", "content": "196,560"}, {"role": "system", "content": "Be brief."},
+]  # fmt: skip
+
+
+def test_a_dialogue_is_written_as_chat_and_serve_write_it(read):
+    lines = [
+        {"id": 7, "messages": TURNS}, {"prompt": "Why twelve?", "completion": "No more fit."},
+        {"prompt": TURNS[:1], "completion": TURNS[1:2]}, {"messages": [{"role": "tool", "content": "4"}]},
+        {"messages": [{"role": "user", "content": None}]}, {"messages": "none"},
+    ]  # fmt: skip
+    pair = "User: Why twelve?\nAssistant: No more fit.\n"
+    assert read("\n".join(map(json.dumps, lines)).encode(), "a.jsonl") == (
+        [DIALOGUE, pair, pair], {"jsonl line with another dialogue": 3},
+    )  # fmt: skip
+    assert read.last.kind == "dialogue"
+    assert pair.startswith(written([Message(USER, "Why twelve?")])), "the question, and where an answer begins"
+    assert written([Message(USER, "Why twelve?"), Message(ASSISTANT, "No more fit.")]).startswith(pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fields"),
+    [
+        ("a.jsonl", b'{"id": 1, "body": "x"}\n', ["id", "body"]), ("a.ndjson.gz", b'{"q": 1}', ["q"]),
+        ("a.txt", b'{"q": 1}\n{"q": 2}\n', ["q"]), ("a.json", b'{"q": 1}', []), ("a.jsonl", b"{not json}", []),
+        ("a.jsonl", b'{"text": "x"}', []),
+    ],
+)  # fmt: skip
+def test_json_lines_without_a_known_field_are_named_with_those_they_have(read, name, data, fields):
+    read(data, name)
+    assert read.last.fields == fields
+
+
 @pytest.mark.parametrize("data", [b'{"a": 1}\n{"text": "no"}', b'{\n "text": "pretty"\n}', b"{not json}", b"{}"])
 def test_other_json_is_plain_text(read, data):
     assert read(data) == ([data.decode()], {})
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 400), max_size=12), st.integers(1, 500))
 def test_ranges_of_a_jsonl_give_every_line_once(tmp_path_factory, lengths, step):
     folder = tmp_path_factory.mktemp("ranges")
@@ -123,7 +205,7 @@ def test_ranges_of_a_jsonl_give_every_line_once(tmp_path_factory, lengths, step)
     (folder / "a.jsonl").write_bytes(data)
     spool = SpoolWriter(folder, 0)
     for begin in range(0, len(data), step):
-        assert not read_file(str(folder / "a.jsonl"), spool, begin, min(begin + step, len(data)))
+        assert not read_file(str(folder / "a.jsonl"), spool, begin, min(begin + step, len(data))).skipped
     assert spool.close() == len(lengths)
     assert (folder / "0.txt").read_text() == "".join(f"{i}:" + "x" * n for i, n in enumerate(lengths))
 
@@ -191,8 +273,8 @@ def test_a_zip_of_other_things_is_binary(read):
 
 def test_a_file_that_cannot_be_read_is_counted(tmp_path):
     spool = SpoolWriter(tmp_path, 0)
-    assert read_file(str(tmp_path / "gone.txt"), spool) == {"unreadable": 1}
-    assert read_file(str(tmp_path), spool) == {"unreadable": 1}
+    assert read_file(str(tmp_path / "gone.txt"), spool).skipped == {"unreadable": 1}
+    assert read_file(str(tmp_path), spool).reason == "unreadable"
     assert spool.close() == 0
 
 
@@ -219,13 +301,14 @@ def test_any_bytes_are_read_or_counted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("any")
     (folder / "x").write_bytes(data)
     spool = SpoolWriter(folder, 0)
-    skipped = read_file(str(folder / "x"), spool)
-    assert spool.close() + sum(skipped.values()) >= 1
+    read = read_file(str(folder / "x"), spool)
+    assert spool.close() + sum(read.skipped.values()) >= 1
+    assert bool(read.reason) != bool(read.documents)
 
 
 def test_reasons_for_bad_bytes_are_those_of_the_list():
     with pytest.raises(NotText, match="binary"):
-        reading.encoding_of(lambda: iter([b"\0"]), b"\0")
+        encoding_of(lambda: iter([b"\0"]), b"\0")
 
 
 def test_an_unknown_section_of_html_is_a_comment(read):

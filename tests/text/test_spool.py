@@ -19,14 +19,14 @@ def test_ranges_give_every_character_and_every_border_once(tmp_path_factory, doc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool_module, "PIECE_BYTES", piece)
         patch.setattr(spool_module, "CUT_WINDOW", window)
-        rows, num_duplicates = spooled(folder, documents)
+        rows, first = spooled(folder, documents)
         unique = list(dict.fromkeys(documents))
-        assert (len(rows), num_duplicates) == (len(unique), len(documents) - len(unique))
+        assert len(rows) == len(unique) and first.tolist() == [documents.index(text) for text in documents]
         total = int(rows["size"].sum())
         reader = SpoolReader(folder, Part(rows))
         joined = ""
         for low in range(0, total, step):
-            for text, starts_document in reader.pieces(low, min(low + step, total)):
+            for text, _, starts_document in reader.pieces(low, min(low + step, total)):
                 assert len(text.encode()) <= piece + window
                 joined += "|" * starts_document + text
         assert joined == "|".join(unique)
