@@ -31,7 +31,6 @@ from cllm_spheres.errors import SpheresError
 app = typer.Typer(
     name="cllm-spheres",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

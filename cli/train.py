@@ -3,6 +3,7 @@
 import inspect
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,7 @@ def _option(name: str) -> inspect.Parameter:
     annotation: Any = field.annotation
     words = [a for a in typing.get_args(annotation) if a is not types.NoneType]
     metavar = None
+    choices = list(PRESETS) if name == "preset" else words if typing.get_origin(annotation) is typing.Literal else []
     if typing.get_origin(annotation) is typing.Literal:
         annotation, metavar = str, "|".join(words)
         if len(metavar) > MOST_METAVAR:  # its help names them, or the table would not fit 80 columns
@@ -51,7 +53,7 @@ def _option(name: str) -> inspect.Parameter:
     if field.default is not None and name not in ("preset", "bias"):
         text += f" Default: {field.default}, or the preset's." if _varies(name) else f" Default: {field.default}."
     flags = [f"{flag(name)}/--no-{name}"] if annotation is bool else [flag(name)]
-    option = typer.Option(*flags, help=text, metavar=metavar, show_default=False)
+    option = typer.Option(*flags, help=text, metavar=metavar, show_default=False, autocompletion=_beginning(choices))
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
     )
@@ -68,6 +70,13 @@ class TrainCommand(TyperCommand):
             else:
                 words.append(AUTO if word == "--resume=auto" else word)
         return super().parse_args(ctx, words)
+
+
+def _beginning(choices: list[str]) -> Callable[[str], list[str]] | None:
+    """For the shell's completion: those of the choices that begin like what was typed."""
+    if not choices:
+        return None
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
 
 
 def _varies(name: str) -> bool:

@@ -117,8 +117,8 @@ def test_the_options_that_are_named_exist(path):
     from cllm_spheres_cli.app import app
     from typer.main import get_command
 
-    known = {"--help"}
-    for command in get_command(app).commands.values():
+    known, group = {"--help"}, get_command(app)
+    for command in (group, *group.commands.values()):
         for each in (command, *getattr(command, "commands", {}).values()):
             for parameter in each.params:
                 known |= {*parameter.opts, *parameter.secondary_opts}
