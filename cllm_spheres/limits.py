@@ -17,6 +17,7 @@ from cllm_spheres.units import size
 ENOUGH_FILES = 4096  # what the soft limit is raised to: far above what a run of 156 workers needs
 # Address space of a process besides shared memory and arena: the peak of Node Zero, which maps most.
 ADDRESS_BYTES = 740_000_000
+SHARED_BYTES = 600_000  # of any run, at least: the records of 4,096 steps
 # Capabilities whose holders RLIMIT_NPROC does not hold back: CAP_SYS_ADMIN and CAP_SYS_RESOURCE.
 _EXEMPT = 1 << 21 | 1 << 24
 
@@ -34,6 +35,16 @@ def check_address_space(needed: int = ADDRESS_BYTES) -> None:
         raise InputError(
             f"Too little address space: each process of this run maps {size(needed)}, and {size(most)} are allowed"
             " (ulimit -v). Lift that limit: ulimit -v unlimited. Or try fewer --spheres."
+        )
+
+
+def check_file_size(needed: int = SHARED_BYTES) -> None:
+    """InputError where files may not be as large as shared memory, which is one; the least of any run to ask early."""
+    most = read(resource.RLIMIT_FSIZE)[0]
+    if most is not None and needed > most:
+        raise InputError(
+            f"Too small files: the shared memory of this run is a file of {size(needed)}, and files may have"
+            f" {size(most)} (ulimit -f). Lift that limit: ulimit -f unlimited. Or try fewer --spheres."
         )
 
 

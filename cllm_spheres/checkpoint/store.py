@@ -135,7 +135,7 @@ class Store:
     def _restore(self, entry: Path) -> None:
         with contextlib.suppress(Damaged):
             step = read_manifest(entry)["step"]
-            if step > max(self.steps(), default=-1):
+            if all(step > other for other in self.steps() if looks_whole(self.path(other))):
                 Checkpoint(entry, optimizer=(entry / OPTIMIZER).exists())  # its contents too
                 sync_whole(entry, self.disk)
                 self.disk.rename(entry, self.path(step))

@@ -11,12 +11,12 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cllm_spheres.checkpoint import tensors
-from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, NoOptimizer
+from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, NoOptimizer, looks_whole
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.lock import NAME as LOCK
@@ -25,7 +25,7 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.events import read
-from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, check_shape, shape_of
 from cllm_spheres.training.soft_targets import check_loss
@@ -33,7 +33,12 @@ from cllm_spheres.training.start import check_start
 from cllm_spheres.units import plural
 
 CONFIG_TOML = "config.toml"
-MADE_WITH = ("seed", "spheres", "batch_size")  # besides the shape: in the state of a checkpoint
+# Of a configuration all that does not shape the weights; the shape of the model is compared whole.
+FREE = (
+    "preset", "workers", "steps", "epochs", "stop_at", "early_stop", "eval_every", "eval_tokens", "save_every", "keep",
+    "tokenizer", *(field.name for field in fields(Shape)),
+)  # fmt: skip
+ALWAYS_THERE = ("layout", "seed", "spheres", "batch_size")  # also in the checkpoints of older versions
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
 COUNTERS = ("applied", "total_tokens", "evaluated", "best_step", "worse")  # that a resume takes from the state
 STATE_BYTES = 1 << 20  # a real one has about 1,000
@@ -247,18 +252,18 @@ def plan_resume(
         )
     steps, stop_at, workers = given.get("steps"), given.get("stop_at"), given.get("workers")
     early_stop = given.get("early_stop", config.early_stop)
-    reached = max(Store(run).steps(), default=0)
+    horizon = steps or config.steps
+    assert horizon is not None
+    reached = _reached(Store(run), min(horizon, stop_at or horizon))
     if steps is not None and steps < reached:
         raise InputError(f"--steps {steps} is before step {reached}, which {run} has reached. Give {reached} or more.")
     if workers is not None and config.spheres is not None and workers > config.spheres:
         raise InputError(
             f"--workers {workers} are more than the run's {config.spheres} spheres. Give {config.spheres} or fewer."
         )
-    horizon = steps or config.steps
-    assert horizon is not None
     finished = None
     stale = _evaluated(run, reached)
-    if reached >= horizon and stale is not None and _whole(run, reached):
+    if reached >= horizon and stale is not None:
         finished = f"{run} is finished: step {reached} of {horizon}. Go on with --steps {2 * reached}."
     elif early_stop is not None and stale is not None and stale >= early_stop and _whole(run, reached):
         finished = (
@@ -282,8 +287,17 @@ def plan_resume(
     return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
 
 
+def _reached(store: Store, least: int) -> int:
+    """The step from which a resume will go on; 0 where there is none. Contents are verified from step `least` on.
+
+    Below, the step decides nothing here: Node Zero verifies what it takes.
+    """
+    good = (s for s in reversed(store.steps()) if looks_whole(store.path(s)) and (s < least or _whole(store.run, s)))
+    return next(good, 0)
+
+
 def _whole(run: Path, step: int) -> bool:
-    """Whether the checkpoint of a step verifies: where it does not, a run is not finished, but goes on from another."""
+    """Whether the checkpoint of a step verifies: where it does not, a run goes on from another."""
     try:
         Store(run).load(step)
     except NoOptimizer:
@@ -307,10 +321,20 @@ def _evaluated(run: Path, step: int) -> int | None:
     return stale if state.get("evaluated") == step and type(stale) is int else None
 
 
-def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, list[str]]:
+def made_with(config: Config, data: str) -> dict[str, Any]:
+    """All that shapes the weights, for the state of a checkpoint: a resume goes on with the same or not at all.
+
+    data: the fingerprint of the text. `steps` is for comparing alone: a resume may change it, and the warm-up with it.
+    """
+    shaping = {key: getattr(config, key) for key in Config.model_fields if key not in FREE}
+    return {"layout": asdict(shape_of(config)), "data": data, "steps": config.steps, **shaping}
+
+
+def newest_checkpoint(run: Path, config: Config, data: str) -> tuple[Checkpoint | None, list[str]]:
     """The newest good checkpoint and why newer ones were refused; None for a run that has saved none yet.
 
-    InputError where checkpoints have vanished, or where config.toml is not what they were made with.
+    data: the fingerprint of the text. InputError where checkpoints have vanished, or where the configuration or the
+    data are not what they were made with.
     """
     store = Store(run)
     store.tidy()
@@ -320,12 +344,13 @@ def newest_checkpoint(run: Path, config: Config) -> tuple[Checkpoint | None, lis
             raise InputError(f"{store.folder} is empty, though step {shown(saved[-1])} was saved. Begin a new run.")
         return None, []
     checkpoint, refused = store.newest_good()
-    made = {"layout": asdict(shape_of(config)), **{key: getattr(config, key) for key in MADE_WITH}}
-    for key, value in made.items():
-        if checkpoint.state.get(key) != value:
+    found = checkpoint.state
+    may_differ = ("steps",) if found.get("steps") == config.steps else ("steps", "warmup")
+    for key, value in made_with(config, data).items():
+        if key not in may_differ and (key in found or key in ALWAYS_THERE) and found.get(key) != value:
             raise InputError(
                 f"{run / 'config.toml'} says {key} {value}, but {checkpoint.path} was made with"
-                f" {shown(checkpoint.state.get(key))}. Set it back, or begin a new run."
+                f" {shown(found.get(key))}. Set it back, or begin a new run."
             )
     _check_contents(checkpoint, config)
     return checkpoint, refused

@@ -24,6 +24,7 @@ from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.text.frequency import frequency_order
 from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training.folder import made_with
 from cllm_spheres.training.metrics import Metrics
 from cllm_spheres.training.numerics import fingerprint
 from cllm_spheres.training.saver import BUSY_S, Saver
@@ -89,9 +90,7 @@ class Keeper:
         state = {
             **asdict(progress), "applied": self.node_zero.applied,
             "sequences": progress.step * self.node_zero.job.batch_size, "total_tokens": self.metrics.total_tokens,
-            "seed": self.config.seed, "spheres": self.config.spheres, "batch_size": self.config.batch_size,
-            "data": self.prepared.fingerprint, "layout": asdict(self.layout.shape),
-            "fingerprint": fingerprint(self.node_zero.job.dtype),
+            **made_with(self.config, self.prepared.fingerprint), "fingerprint": fingerprint(self.node_zero.job.dtype),
         }  # fmt: skip
         self._step = progress.saved = progress.step
         self._unsaved_best = progress.step if best else None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.config import DEFAULT_PRESET, PRESETS
 from cllm_spheres.errors import InputError
-from cllm_spheres.limits import check_address_space, raised_files
+from cllm_spheres.limits import check_address_space, check_file_size, raised_files
 from cllm_spheres.spheres.serving import clean_environment
 from cllm_spheres.training.signals import STOP_SIGNALS
 
@@ -46,6 +46,7 @@ class Launch:
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         """options: those of a new run, which tell early what kernels it needs; None: not known before its plan."""
         check_address_space()
+        check_file_size()
         self.status = ""
         self._obeys = False
         self._outcome: dict[str, Any] | None = None

@@ -65,7 +65,9 @@ def _train(run: Held, order: dict[str, Any], server: Server) -> dict[str, Any]:
     prepared = Prepared.open(order["data"] or where["data"])
     steps_before = config.steps
     config = build(config.model_dump() | order["changes"])
-    checkpoint, refused = newest_checkpoint(run.path, config) if order["resume"] else (None, [])
+    checkpoint, refused = (
+        newest_checkpoint(run.path, config, where["data_fingerprint"]) if order["resume"] else (None, [])
+    )
     source = None if checkpoint else beginning(run.path, config, where)
     trainer = Trainer(
         run, config, prepared, source=source, stop_at=order["stop_at"], launcher=order["launcher"],
@@ -92,6 +94,8 @@ def _train(run: Held, order: dict[str, Any], server: Server) -> dict[str, Any]:
 
 def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> dict[str, Any]:
     """Train to the end, whichever it is, and write down how it came."""
+    from cllm_spheres.checkpoint.checkpoint import looks_whole
+
     store = trainer.keeper.store
     go_on = f"Go on with: cllm-spheres train --resume --run {trainer.run}"
     try:
@@ -103,7 +107,7 @@ def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> di
     except FolderGone as error:
         return {"code": error.exit_code, "message": f"FolderGone: {error}"}
     except SpheresError as error:
-        last = max(store.steps(), default=None)
+        last = next((step for step in reversed(store.steps()) if looks_whole(store.path(step))), None)
         saved = "No checkpoint had been saved." if last is None else f"The last checkpoint is {store.path(last)}."
         if isinstance(error, NonFinite):
             go_on = trainer.way_out()

@@ -107,8 +107,9 @@ def address_bytes(job: Job) -> int:
 
 
 def check_address_space(job: Job) -> None:
-    """InputError where a process may not map what it needs."""
+    """InputError where a process may not map what it needs, or shared memory may not be as large as it must."""
     limits.check_address_space(address_bytes(job))
+    limits.check_file_size(Regions(job.sizes).total)
 
 
 def checkpoint_bytes(job: Job) -> int:

@@ -13,7 +13,6 @@ import signal
 import stat
 import tempfile
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.inference import model as inference
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.training import session
+from cllm_spheres.training.folder import made_with
 from cllm_spheres.training.plan import shape_of
 
 WHOLE = os.environ.get("CLLM_FAULTS") == "whole"
@@ -66,8 +66,8 @@ def make_run(path: Path, data: Path) -> Path:
     for step in (1, 2):
         state = dict(
             step=step, evaluated=step, saved=step, best_loss=3.0 / step, best_step=step, worse=0, applied=step,
-            sequences=2 * step, total_tokens=8 * step, seed=plan.config.seed, spheres=2, batch_size=2,
-            data=plan.prepared.fingerprint, layout=asdict(layout.shape), fingerprint={"numpy": np.__version__},
+            sequences=2 * step, total_tokens=8 * step, **made_with(plan.config, plan.prepared.fingerprint),
+            fingerprint={"numpy": np.__version__},
         )  # fmt: skip
         store = Store(path)
         store.save(

@@ -224,7 +224,7 @@ def test_a_changed_config_of_a_run_is_taken_or_refused(place, good_run, data):
             folder.read_config(run)
         with harmless(run.parent, place / "good"):
             plan, _ = session.resumed_run(run, {}, data=None)
-            folder.newest_checkpoint(run, plan.config)
+            folder.newest_checkpoint(run, plan.config, plan.prepared.fingerprint)
     tried["configurations of runs"] += 1
 
 
@@ -419,8 +419,8 @@ def read_checkpoints(run):
     with harmless(run.parent):
         store.newest_good()
     with harmless(run.parent):
-        config, _ = folder.read_config(run)
-        checkpoint, _ = folder.newest_checkpoint(run, config)
+        config, where = folder.read_config(run)
+        checkpoint, _ = folder.newest_checkpoint(run, config, where["data_fingerprint"])
         fits(checkpoint, config)
     with harmless(run.parent):
         session.make_plan(None, {"steps": 9}, run=run, resume=True)
@@ -680,8 +680,8 @@ def test_metrics_of_any_content_are_shown(place, good_run, data):
         with harmless(run.parent):
             events.read(run / "metrics.jsonl")
         with harmless(run.parent):
-            config, _ = folder.read_config(run)
-            folder.newest_checkpoint(run, config)
+            config, where = folder.read_config(run)
+            folder.newest_checkpoint(run, config, where["data_fingerprint"])
         width, height = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 60))
         with harmless(run.parent):
             view = dashboard.read(run)
@@ -712,8 +712,8 @@ def test_metrics_and_configurations_that_are_no_files_are_refused(place, good_ru
         with harmless(run.parent):
             session.make_plan(None, {"steps": 9}, run=run, resume=True)
         with harmless(run.parent):
-            config, _ = folder.read_config(run)
-            folder.newest_checkpoint(run, config)
+            config, where = folder.read_config(run)
+            folder.newest_checkpoint(run, config, where["data_fingerprint"])
         code, said = command_line(["watch", str(run), "--once"])
         assert code in (0, 2), said
     tried["places of metrics"] += 1

@@ -39,6 +39,12 @@ def change(run, old, new):
     path.write_text("\n".join(new if line.startswith(old) else line for line in lines))
 
 
+def newest(run, **changes):
+    """What a resume would begin with, where these values of config.toml were others."""
+    config, where = folder.read_config(run)
+    return folder.newest_checkpoint(run, config.model_copy(update=changes), where["data_fingerprint"])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -117,6 +123,61 @@ def test_text_whose_name_is_not_utf8_is_refused_before_anything_is_made(tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_resume_compares_all_that_shapes_the_weights(run):
+    """A changed learning rate went on silently."""
+    config = folder.read_config(run)[0]
+    free = {"preset", "workers", "steps", "epochs", "stop_at", "early_stop", "eval_every", "eval_tokens", "save_every",
+            "keep", "tokenizer"}  # fmt: skip
+    for name, value in config:
+        other = 2 if value is None else not value if type(value) is bool else value * 2 or 0.5
+        if name in free:
+            assert newest(run, **{name: other})[0].step == 2
+        else:
+            with pytest.raises(InputError, match=r"config\.toml says .* was made with"):
+                newest(run, **{name: other})
+    with pytest.raises(InputError, match=r"config\.toml says lr 0\.5, but .*step-00000002 was made with 0\.001"):
+        newest(run, lr=0.5)
+    with pytest.raises(InputError, match="says data other"):
+        folder.newest_checkpoint(run, config, "other")
+    assert newest(run, steps=9, warmup=3)[0].step == 2  # new --steps may cut the warm-up
+
+
+def test_a_checkpoint_of_an_older_version_is_compared_in_what_it_has(run):
+    path = Store(run).path(2)
+    state = json.loads((path / STATE).read_text())
+    for key in ("lr", "schedule", "steps"):
+        del state[key]
+    (path / STATE).write_text(json.dumps(state))
+    reseal_checkpoint(path, 2)
+    assert newest(run, lr=0.5, schedule="wsd")[0].step == 2
+    with pytest.raises(InputError, match="says seed 5"):
+        newest(run, seed=5)
+
+
+@pytest.mark.parametrize("what", ["empty", "cut", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_not_reached(run, what):
+    if what == "empty":
+        Store(run).path(99_999).mkdir()
+    else:
+        shutil.copytree(Store(run).path(2), Store(run).path(99_999))
+        (Store(run).path(99_999) / MODEL).write_bytes(b"")
+    if what == "changed":  # its size is right
+        Store(run).prune(1)
+        shutil.rmtree(Store(run).path(99_999))
+        content = Store(run).load(2)
+        Store(run).save(
+            99_999, content.model, content.optimizer, content.state | {"step": 99_999, "evaluated": 99_999},
+            content.config, content.tokenizer_path,
+        )  # fmt: skip
+        path = Store(run).path(99_999) / MODEL
+        path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    plan, finished = session.make_plan(None, {"steps": 30}, run=run, resume=True)
+    assert finished is None and plan.config.steps == 30
+    assert session.make_plan(None, {"stop_at": 3}, run=run, resume=True)[1] is None
+    assert "has reached step 2" in session.make_plan(None, {"stop_at": 2}, run=run, resume=True)[1]
+    assert newest(run)[0].step == 2
+
+
 # --- checkpoints whose hashes are true
 
 
@@ -127,7 +188,7 @@ def test_a_state_without_what_a_resume_needs_is_refused(run, key):
     (path / STATE).write_text(json.dumps(state | {key: "x"}))
     reseal_checkpoint(path, 2)
     with pytest.raises(InputError, match=key):
-        folder.newest_checkpoint(run, folder.read_config(run)[0])
+        newest(run)
 
 
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER])
@@ -138,7 +199,7 @@ def test_tensors_of_another_model_are_refused(run, file):
     arrays[file]["other"] = np.zeros(3, np.float32)
     store.save(2, arrays[MODEL], arrays[OPTIMIZER], saved.state, saved.config, saved.tokenizer_path)
     with pytest.raises(InputError, match="other"):
-        folder.newest_checkpoint(run, folder.read_config(run)[0])
+        newest(run)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +230,7 @@ def test_a_pipe_in_the_place_of_a_runs_file_makes_nobody_wait(run, name):
     os.mkfifo(run / name)
     shutil.rmtree(run / "checkpoints")
     if name == "metrics.jsonl":
-        assert folder.newest_checkpoint(run, folder.read_config(run)[0]) == (None, [])
+        assert newest(run) == (None, [])
     else:
         with pytest.raises(InputError, match=r"no config\.toml"):
             folder.read_config(run)

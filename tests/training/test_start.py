@@ -90,6 +90,18 @@ def test_too_little_address_space_is_refused(machine):
         machine.check()
 
 
+def test_files_that_may_not_be_as_large_as_shared_memory_are_refused(machine, monkeypatch, tmp_path):
+    machine(workers=2)
+    monkeypatch.setattr(limits, "read", lambda which: (2_000_000 if which == resource.RLIMIT_FSIZE else None,) * 2)
+    with pytest.raises(InputError, match=r"is a file of \d MB, and files may have 2 MB \(ulimit -f\)"):
+        machine.check()
+    refused = command(
+        "train", "--run", tmp_path / "run", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (102_400,) * 2)
+    )
+    assert refused.returncode == 2 and "is a file of 600 kB, and files may have 102 kB (ulimit -f)" in refused.stderr
+    assert not any(tmp_path.iterdir()) and "Traceback" not in refused.stderr
+
+
 def test_no_room_for_a_checkpoint_is_refused_and_room_for_one_alone_is_said(machine):
     needed = start.checkpoint_bytes(machine())
     assert needed > 12 * 80_000  # parameters and two moments in float32
