@@ -20,6 +20,7 @@ PURPOSE_WEIGHTS, PURPOSE_OFFSET, PURPOSE_ORDER, PURPOSE_DROPOUT, PURPOSE_SAMPLIN
 GOLDEN = u8(0x9E3779B97F4A7C15)
 MIX_1, MIX_2 = u8(0xBF58476D1CE4E5B9), u8(0x94D049BB133111EB)
 S27, S30, S31, S12, S32 = u8(27), u8(30), u8(31), u8(12), u8(32)
+LOW_32 = u8(0xFFFFFFFF)
 TWO_TO_MINUS_52 = 2.0**-52
 
 
@@ -90,8 +91,14 @@ def normal(key, index):
 
 @kernel
 def below(key, index, n):
-    """A whole number in [0, n), n < 2**32; its bias is below n / 2**32."""
-    return np.int64(((combine(key, u8(index)) >> S32) * u8(n)) >> S32)
+    """A whole number in [0, n), 1 <= n < 2**63; its bias is below n / 2**32, and from 2**32 on below n / 2**64."""
+    x, n_low, n_high = combine(key, u8(index)), u8(n) & LOW_32, u8(n) >> S32
+    x_low, x_high = x & LOW_32, x >> S32
+    if n_high == u8(0):
+        return np.int64((x_high * n_low) >> S32)
+    # x * n >> 64, of 128 bits, by the products of halves
+    middle = x_high * n_low + ((x_low * n_low) >> S32)
+    return np.int64(x_high * n_high + (middle >> S32) + ((x_low * n_high + (middle & LOW_32)) >> S32))
 
 
 @kernel

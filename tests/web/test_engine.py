@@ -27,7 +27,7 @@ HANGS, DIES = "hangs", "dies"
 class Played(Link):
     """A link to a process that loads what it is told to load, or hangs, and writes nothing by itself."""
 
-    alive, full = True, False  # in the place of Link's properties
+    alive = True  # in the place of Link's property
 
     def __init__(self, setup, about) -> None:
         self.setup, self.said = setup, []
@@ -174,18 +174,20 @@ def test_clients_that_leave_and_come_do_not_keep_a_process_that_hangs_alive(play
     assert "because it had been silent for 120 s" in capsys.readouterr().err
 
 
-def test_a_process_that_reads_nothing_is_given_no_more_and_the_queue_fills(play):
+def test_clients_that_leave_at_once_heap_nothing_up_in_a_process_that_is_slow(play):
     async def visit(engine, links):
         await engine.start()
-        links[0].full = True
+        for _ in range(50):
+            engine.cancel(engine.submit(order()))
+        begun = [message["begin"] for message in links[0].said if "begin" in message]
+        assert len(begun) == 2  # as many as it has slots
         for _ in range(8):
             engine.submit(order())
         with pytest.raises(Refused, match="queue of 8") as refused:
             engine.submit(order())
-        assert refused.value.status == 429 and links[0].said == []
-        links[0].full = False
-        engine.watch()
-        assert len(links[0].said) == 2
+        assert refused.value.status == 429
+        links[0].answer({"id": begun[0], "begun": 2, "prompt": ""})
+        await until(lambda: engine.running == 1)
 
     play([ABOUT], visit)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import deque
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,7 +14,7 @@ from cllm_spheres.inference.model import load
 from cllm_spheres.inference.writer import Piece, Scored
 from cllm_spheres.text.tokenizer import ByteTokenizer, StreamDecoder
 from cllm_spheres.web import inference
-from cllm_spheres.web.inference import LEAST, Places, Service
+from cllm_spheres.web.inference import LEAST, Inference, Places, Service
 
 OPTIONS = {"tokens": 5, "temperature": 0.0, "stop": [], "seed": 1, "score_prompt": False, "logprobs": None}
 
@@ -77,6 +81,35 @@ def test_an_infinite_log_probability_becomes_a_number_that_json_has(service, mon
     scored = Scored(97, -float("inf"), ((98, 0.0), (256, -float("inf"))))
     monkeypatch.setattr(service.writer, "step", lambda: [Piece(number, "a", (scored,), None, None)])
     assert service.step()[0]["scored"] == [["a", LEAST, [["b", 0.0], [None, LEAST]], 0]]
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "a" * 40}, {"prompt": "a" * 70}, {
+    "prompt": None, "messages": [{"role": "user", "text": "a" * 20}] * 9}])  # fmt: skip
+def test_the_samples_of_a_request_encode_its_prompt_once(service, monkeypatch, asked):
+    """A hundred samples of a prompt that takes a second to encode would hold everybody up for as many seconds."""
+    encoded = []
+    monkeypatch.setattr(service, "longest", 2)
+    monkeypatch.setattr(service.model.tokenizer, "encode", lambda text: encoded.append(text) or list(text.encode()))
+    answers, counts = [], []
+    for sample in range(2):
+        try:
+            answers.append(service.begin(order(70 + sample, **asked, sample=sample))["begun"])
+        except InputError as error:
+            answers.append(str(error))
+        counts.append(len(encoded))
+    assert answers[0] == answers[1] and counts[0] == counts[1] > 0
+
+
+def test_orders_are_taken_for_a_moment_only_and_each_is_answered_at_once(service, monkeypatch):
+    told, now = [], [0.0]
+    process = Inference(None)
+    process.services = [service]
+    monkeypatch.setattr(process, "say", told.append)
+    monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(service, "begin", lambda order: now.__setitem__(0, now[0] + 0.03) or {"id": order["begin"]})
+    orders = deque(json.dumps({"begin": number, "model": 0}).encode() for number in range(5))
+    process.obey_some(orders)
+    assert told == [[{"id": 0}], [{"id": 1}]] and len(orders) == 3
 
 
 def test_prompts_that_are_too_long_are_refused_before_they_are_encoded(service, monkeypatch):
