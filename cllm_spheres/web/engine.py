@@ -170,7 +170,6 @@ class Engine:
             assert self._link is not None
             self._ended_for = f", because it had been silent for {SILENCE_S:g} s"
             self._link.process.kill()
-        self._dispatch_all()
 
     @property
     def _is_owed(self) -> bool:
@@ -178,10 +177,11 @@ class Engine:
         return bool(self.running or self._unanswered)
 
     def _dispatch(self, model: Model) -> None:
-        while self._ready and model.waiting and len(model.running) < self.setup.slots:
+        while (
+            self._ready and model.waiting and len(model.running) < self.setup.slots
+            and len(self._unanswered) < self.setup.slots  # clients that come and leave do not heap up orders there
+        ):  # fmt: skip
             assert self._link is not None
-            if self._link.full:
-                return
             text = model.waiting.popleft()
             if not self._is_owed:
                 self._heard = time.monotonic()

@@ -8,7 +8,7 @@ come in
     {"begin": id, "model": number, "messages": [...], ...}          a conversation
     {"cancel": id}
 
-and out goes one line a step with a list of what happened to which text:
+and out goes a line for each order and each step, with a list of what happened to which text:
 
     {"id": id, "begun": tokens of the prompt, "prompt": its text}
     {"id": id, "text": piece, "new": tokens, "scored": [...], "scored_prompt": [...], "ended": "stop"|"length"}
@@ -26,6 +26,8 @@ import os
 import select
 import socket
 import sys
+import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,7 @@ from cllm_spheres.text.tokenizer import REPLACEMENT, StreamDecoder
 if TYPE_CHECKING:
     from cllm_spheres.inference.writer import Piece, Scored, Writer
 
+ORDERS_S = 0.05  # for orders between two steps of the texts
 NICE = 5  # a training on the same cores goes first
 READ_BYTES = 1 << 16
 NOT_FINITE = "not_finite"
@@ -74,6 +77,15 @@ class Text:
     places: Places | None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, the text that they are, and the strings before which what follows ends in a conversation."""
+
+    ids: list[int]
+    text: str
+    stop: tuple[str, ...] = ()
+
+
 @dataclass
 class Service:
     """A model, its writer, and the texts that it writes, by the writer's numbers."""
@@ -82,6 +94,7 @@ class Service:
     writer: Writer
     longest: int | None  # bytes of the longest token; None where there is no such bound
     texts: dict[int, Text] = field(default_factory=dict)
+    _latest: tuple[Any, Prompt | InputError] | None = None  # what the order before asked for, and what that is
 
     @classmethod
     def of(cls, run: str, checkpoint: str | None, slots: int, dtype: Any, threads: int | None) -> Service:
@@ -104,21 +117,37 @@ class Service:
         return {"block_size": shape.block_size, "vocab_size": shape.vocab_size, "longest": self.longest}
 
     def begin(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Give the order to the writer; what to say about it."""
-        tokenizer, options = self.model.tokenizer, dict(order["options"])
-        prompt: str | list[int] = order.get("prompt", "")
-        if "messages" in order:
-            messages = [Message(**message) for message in order["messages"]]
-            block_size = self.model.shape.block_size
-            chat = prompt_of(messages, lambda text: self._length(text), block_size, reserve=options["tokens"])
-            prompt, options["stop"] = chat.text, [*chat.stop, *options["stop"]]
-        ids: list[int] = self._encode(prompt) if isinstance(prompt, str) else order["prompt"]
-        options["stop"] = tuple(options["stop"])
-        number = self.writer.begin(ids, Options(**options), order["sample"])
-        places = Places(StreamDecoder(tokenizer, () if options["score_prompt"] else ids)) if order["names"] else None
-        self.texts[number] = Text(order["begin"], places)
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        return {"id": order["begin"], "begun": len(ids), "prompt": text if order["echo"] else ""}
+        """Give the order to the writer; what to say about it. InputError where its prompt cannot be used."""
+        options = dict(order["options"])
+        prompt = self._prompt_of(order)
+        options["stop"] = (*prompt.stop, *options["stop"])
+        number = self.writer.begin(prompt.ids, Options(**options), order["sample"])
+        decoder = StreamDecoder(self.model.tokenizer, () if options["score_prompt"] else prompt.ids)
+        self.texts[number] = Text(order["begin"], Places(decoder) if order["names"] else None)
+        return {"id": order["begin"], "begun": len(prompt.ids), "prompt": prompt.text if order["echo"] else ""}
+
+    def _prompt_of(self, order: dict[str, Any]) -> Prompt:
+        """The prompt of an order. The samples of a request come one after another: theirs is encoded once."""
+        asked = order.get("messages"), order.get("prompt"), order["options"]["tokens"]
+        if self._latest is None or self._latest[0] != asked:
+            try:
+                self._latest = asked, self._encoded(*asked)
+            except InputError as error:
+                self._latest = asked, error
+        prompt = self._latest[1]
+        if isinstance(prompt, InputError):
+            raise prompt
+        return prompt
+
+    def _encoded(self, messages: list[dict[str, str]] | None, prompt: str | list[int] | None, tokens: int) -> Prompt:
+        if messages is not None:
+            turns = [Message(**message) for message in messages]
+            chat = prompt_of(turns, self._length, self.model.shape.block_size, reserve=tokens)
+            return Prompt(self._encode(chat.text), chat.text, chat.stop)
+        if isinstance(prompt, str):
+            return Prompt(self._encode(prompt), prompt)
+        assert prompt is not None
+        return Prompt(prompt, self.model.tokenizer.decode(prompt))
 
     def _length(self, text: str) -> int:
         """Tokens of a text; at least so many where it is too long for the block whatever they are."""
@@ -211,12 +240,21 @@ class Inference:
         except SpheresError as error:
             self.say({"failed": str(error)})
             return
-        while (lines := self.read(wait=not any(service.texts for service in self.services))) is not None:
-            told = [answer for line in lines for answer in self.obey(json.loads(line))]
-            for service in self.services:
-                told += service.step()
-            if told:
+        orders: deque[bytes] = deque()
+        while (lines := self.read(wait=not orders and not any(service.texts for service in self.services))) is not None:
+            orders += lines
+            self.obey_some(orders)
+            if told := [event for service in self.services for event in service.step()]:
                 self.say(told)
+
+    def obey_some(self, orders: deque[bytes]) -> None:
+        """Take orders for a moment: long prompts do not keep the texts of others waiting until all are encoded."""
+        until = time.monotonic() + ORDERS_S
+        while orders:
+            if told := self.obey(json.loads(orders.popleft())):
+                self.say(told)
+            if time.monotonic() > until:
+                return
 
     def read(self, wait: bool) -> list[bytes] | None:
         """The lines that have come; with `wait` at least one. None where the parent has gone."""

@@ -22,7 +22,6 @@ from cllm_spheres.spheres.serving import clean_environment
 KEY_VARIABLE = "CLLM_SPHERES_API_KEY"
 LINE_BYTES = 256 << 20  # a step in which every text shows its whole prompt's log-probabilities
 LOAD_S = 300.0  # for each model to be loaded, its kernels compiled: a process that takes longer hangs
-UNREAD_BYTES = 16 << 20  # of orders that the process has not taken: no more are given to it then
 END_S = 2.0  # for a process that was told to end, and once more for one that was killed
 
 
@@ -92,13 +91,8 @@ class Link:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    @property
-    def full(self) -> bool:
-        """Whether the process has left so many orders unread that it should get no more."""
-        return self._writer.transport.get_write_buffer_size() > UNREAD_BYTES
-
     def say(self, message: dict[str, Any]) -> None:
-        """Queue a line. What is said to a dead process is lost."""
+        """Queue a line. What a process does not take is bounded by its slots; what is said to a dead one is lost."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps(message).encode() + b"\n")
 
