@@ -56,6 +56,26 @@ def test_the_order_is_not_that_of_the_text():
     assert abs(np.corrcoef(at, np.arange(1000))[0, 1]) < 5 / np.sqrt(1000)  # five standard deviations
 
 
+def test_a_corpus_of_more_tokens_than_32_bits_name_is_read_everywhere(tmp_path):
+    """A sparse file of 8.6 GB that takes a few pages: windows lie in all of it, and the ring closes behind its end."""
+    num_tokens, block_size = 2**32 + 12_345, 64
+    at = starts(SEED, 0, 4000, num_tokens, block_size)
+    assert at.min() < 0.01 * num_tokens and 0.99 * num_tokens < at.max() < num_tokens
+    offsets = {
+        int(starts(SEED, epoch * (num_tokens // block_size), 1, num_tokens, block_size)[0]) for epoch in range(64)
+    }
+    assert max(offsets) > 2**31 and len(offsets) == 64
+    path = tmp_path / "train.bin"
+    with path.open("wb") as file:
+        file.write(np.arange(100, 200, dtype="<u2").tobytes())
+        file.seek(2 * (num_tokens - 5))
+        file.write(np.arange(1, 6, dtype="<u2").tobytes())
+    ids = np.memmap(path, "<u2", "r")
+    inputs, targets = np.zeros(8, np.int32), np.zeros(8, np.int32)
+    read_window(ids.ctypes.data, 2, num_tokens, num_tokens - 5, inputs, targets)
+    assert inputs.tolist() == [1, 2, 3, 4, 5, 100, 101, 102] and targets.tolist() == [*inputs[1:], 103]
+
+
 def test_a_batch_is_a_function_of_seed_and_step():
     num_tokens, block_size, batch_size = 5003, 16, 12
     run = starts(SEED, 0, 60 * batch_size, num_tokens, block_size).reshape(60, batch_size)
