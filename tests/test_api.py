@@ -235,7 +235,7 @@ def test_bad_input_and_failures_are_exceptions(corpus, tmp_path):  # noqa: F811
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "file").touch()
         cs.train(corpus, run=tmp_path / "run")
-    with pytest.raises(RunFailed, match="NonFinite: Step 2"):
+    with pytest.raises(RunFailed, match="NonFinite: The evaluation after step 1"):
         cs.train(corpus, run=tmp_path / "new", quiet=True, **TINY | {"lr": 1e30}, warmup=0, steps=4)
 
 
