@@ -737,7 +737,7 @@ class NoLaunch:
         pass
 
     def obey(self, plan):
-        self.plan = plan
+        self.plan, self.run = plan, plan.run
         return self
 
     def finish(self):
