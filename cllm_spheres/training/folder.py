@@ -227,10 +227,15 @@ def check_same(run: Path, config: Config, given: dict[str, Any]) -> None:
     for key, value in given.items():
         if key not in MAY_CHANGE and getattr(config, key) != getattr(asked, key):
             raise InputError(
-                f"{run} was begun with {flag(key)} {getattr(config, key)}, and {value} was given."
+                f"{run} was begun with {flag(key)} {_spelled(getattr(config, key))}, and {_spelled(value)} was given."
                 f" A resume keeps what the run is; only {', '.join(map(flag, MAY_CHANGE))} may change."
                 " Begin a new run for another configuration."
             )
+
+
+def _spelled(value: object) -> object:
+    """A value as it is given on the command line, where 0 is off."""
+    return 0 if value is None else value
 
 
 def plan_resume(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cllm_spheres.config import Config, merge, read_toml
+from cllm_spheres.config import OFF_AT_0, Config, merge, read_toml
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.exchange.source import open_source
 from cllm_spheres.faults import parse
@@ -88,7 +88,9 @@ def _as_given(options: dict[str, Any], file: Path | None) -> dict[str, Any]:
     """The options with which a run was begun, to be compared with its own; those that it resolves are left out."""
     config, names = merge(options, file)
     resolved = {"epochs"} | ({"dtype"} if config.dtype == "auto" else set())
-    return {name: getattr(config, name) for name in names - resolved if getattr(config, name) is not None}
+    values = {name: getattr(config, name) for name in names - resolved}
+    values |= {name: 0 for name in OFF_AT_0 if name in values and values[name] is None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def new_run(

@@ -20,6 +20,7 @@ STEP_LINE = b'{"kind":"step"'
 SPHERES_LINE = b'{"kind":"spheres"'
 # How a run that is not held by a process has ended, by its last event.
 ENDS = {"done": "finished", "early_stop": "stopped early", "failed": "failed"}
+UNREADABLE = "unreadable"  # its metrics.jsonl, of another user
 DIED = "cut off"  # it has ended without a word: killed, or the machine went down
 
 
@@ -29,7 +30,7 @@ class Overview:
 
     name: str
     path: str
-    state: str  # running, finished, stopped early, stopped, failed, cut off, or imported
+    state: str  # running, finished, stopped early, stopped, failed, cut off, unreadable, or imported
     step: int | None
     steps: int | None  # of the schedule
     loss: float | None  # the plain cross-entropy of the last step
@@ -114,8 +115,8 @@ class _Records:
                         lines.append(line)
                     elif not line.startswith(SPHERES_LINE):
                         self._add(_parsed(line))
-        except OSError as error:
-            raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+        except OSError:
+            self.end = UNREADABLE
         self._add_steps([record for line in lines if (record := _parsed(line))])
 
     def _add(self, record: Record) -> None:

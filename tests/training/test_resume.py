@@ -16,6 +16,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.source import open_source
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import session
+from cllm_spheres.training.folder import change_config
 from cllm_spheres.training.keeper import Progress
 from cllm_spheres.training.schedule import learning_rate
 from tests.runs import TINY, resume, text, train_whole
@@ -142,10 +143,20 @@ def test_a_run_stops_early_at_the_same_step_after_interruptions(corpus, tmp_path
     assert (
         "was stopped early at step 9 of 40" in finished and "--early-stop is 3. Go on with --early-stop 6" in finished
     )
-    plan, finished = session.resumed_run(run, {"early_stop": None, "stop_at": 11}, data=None)
-    assert finished is None and plan.config.early_stop is None
-    longer = resume(run, early_stop=4)
-    assert longer.of("step")[-1]["step"] == 12 and longer.config.early_stop == 4
+    for early_stop in (4, None):
+        plan, finished = session.resumed_run(run, {"early_stop": early_stop}, data=None)
+        assert finished is None and plan.config.early_stop == plan.changes["early_stop"] == early_stop
+
+
+def test_resume_auto_may_switch_early_stopping_off(ended, tmp_path):
+    run = shutil.copytree(ended.run, tmp_path / "run", symlinks=True)
+    plan, _ = session.make_plan(None, {"early_stop": 7, "steps": 30}, run=run, resume="auto")
+    assert plan.config.early_stop == 7
+    change_config(run, plan.config, plan.prepared)
+    plan, _ = session.make_plan(None, {"early_stop": 0, "steps": 30}, run=run, resume="auto")
+    assert plan.config.early_stop is None
+    with pytest.raises(InputError, match=r"was begun with --clip 1\.0, and 0 was given"):
+        session.make_plan(None, {"clip": 0, "steps": 30}, run=run, resume="auto")
 
 
 def test_only_better_evaluations_keep_a_run_going():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from cllm_spheres_cli.runs import runs as command
@@ -81,6 +82,19 @@ def test_the_command_shows_a_table_or_json(folder, capsys):
     assert shown["run"][-2:] == ["tokens/s", "size"] and len(shown) == 9
     command(folder, as_json=True)
     assert json.loads(capsys.readouterr().out) == cs.runs(folder)
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(folder, monkeypatch):
+    real = Path.open
+
+    def refuses(path, *arguments, **options):
+        if path == folder / "done/metrics.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    states = {record["name"]: record["state"] for record in cs.runs(folder)}
+    assert states["done"] == "unreadable" and states["failed"] == "failed"
 
 
 def test_where_there_is_no_run_that_is_said(tmp_path, capsys):
