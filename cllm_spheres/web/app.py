@@ -18,17 +18,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cllm_spheres.errors import nearest
+from cllm_spheres.units import size
 from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.answers import Answer, sent_event
 from cllm_spheres.web.engine import Engine, Request
 from cllm_spheres.web.fields import read_json
-from cllm_spheres.web.guard import FAILURE, Guard, Json, Rules, respond
+from cllm_spheres.web.guard import CLOSE, FAILURE, Guard, Json, Rules, respond
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
 from cllm_spheres.web.requests import Limits, Order, chat, completion, no_model
 
 MOST_EVENTS = 256  # made into JSON at once: a backlog of thousands would hold up all other clients
 BODY_S = 30.0  # for a request's body to come in
+BODIES_BYTES = 64 << 20  # of all bodies that are coming in
 PATHS = ("/v1/models", "/v1/models/{id}", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Parser = Callable[[dict[str, Any], tuple[str, ...], Limits], Order]
@@ -57,10 +59,12 @@ def make_app(engine: Engine, metrics: Metrics, rules: Rules, limits: Limits, log
     async def show_metrics(request: HttpRequest) -> Response:
         return PlainTextResponse(metrics.text(), media_type=METRICS_TYPE)
 
+    bodies = Bodies()
+
     def write(parse: Parser) -> Any:
         async def endpoint(request: HttpRequest) -> Response:
             try:
-                body = await _body(request, limits)
+                body = await bodies.read(request, limits)
             except ClientDisconnect:
                 return Nothing()
             return Written(engine, parse(read_json(body), tuple(engine.models), limits), limits.seconds)
@@ -121,22 +125,34 @@ class Nothing(Response):
         pass
 
 
-async def _body(request: HttpRequest, limits: Limits) -> bytes:
-    """The whole body. Refused where it is too long, or too slow."""
-    too_long = Refused(413, f"The body is larger than {limits.body_bytes:,} bytes.", code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if int(length) > limits.body_bytes:  # the protocol lets nothing but digits through
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise too_long
-    except TimeoutError:
-        raise Refused(408, f"The body did not come within {BODY_S:g} s.", code="timeout") from None
-    return bytes(body)
+class Bodies:
+    """The bodies that come in, bounded together: a thousand clients could send a gigabyte before one is judged."""
+
+    def __init__(self) -> None:
+        self._held_bytes = 0
+
+    async def read(self, request: HttpRequest, limits: Limits) -> bytes:
+        """The whole body. Refused where it is too long, too slow, or one too many."""
+        too_long = Refused(413, f"The body is larger than {limits.body_bytes:,} bytes.", code="body_too_large")
+        length = request.headers.get("content-length", "0")
+        if int(length) > limits.body_bytes:  # the protocol lets nothing but digits through
+            raise too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._held_bytes += len(chunk)
+                    if len(body) > limits.body_bytes:
+                        raise too_long
+                    if self._held_bytes > BODIES_BYTES:
+                        message = f"More than {size(BODIES_BYTES)} of requests are coming in: try again in a moment."
+                        raise Refused(503, message, code="too_many_bodies", headers={"Retry-After": "1"} | CLOSE)
+        except TimeoutError:
+            raise Refused(408, f"The body did not come within {BODY_S:g} s.", code="timeout") from None
+        finally:
+            self._held_bytes -= len(body)
+        return bytes(body)
 
 
 class Written(Response):

@@ -23,11 +23,28 @@ from cllm_spheres.web.refusals import Refused, bad
 
 MOST_CONNECTIONS = 1000
 HEADER_BYTES = 16 << 10
+MOST_CHUNKS = 4096  # of a body
 KEEP_ALIVE_S = 10  # between an answer and the next request
 ASK_S = 20.0  # for a request's line and headers, from when none is under way
 TAKE_S = 60.0  # until a client has read all that was written to it
 PROBE_S = 0.1  # from a client's end of sending to the first question whether it is still there; each pause is twice
 LONGEST_PROBE_S = 10.0  # the one before, up to this
+
+
+class Parser(h11.Connection):
+    """h11's side of a server, which refuses a body in thousands of chunks: reading one byte costs as much as 64 KiB."""
+
+    _num_chunks = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_chunks = 0
+        elif isinstance(event, h11.Data):
+            self._num_chunks += event.chunk_start
+            if self._num_chunks > MOST_CHUNKS:
+                raise h11.RemoteProtocolError(f"more than {MOST_CHUNKS:,} chunks")
+        return event
 
 
 class Connection(H11Protocol):
@@ -40,6 +57,7 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, log: AccessLog | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._log = log
+        self.conn = Parser(h11.SERVER, HEADER_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -20,7 +20,7 @@ from cllm_spheres.errors import InputError, Interrupted
 from cllm_spheres.limits import raised_files
 from cllm_spheres.web.access_log import AccessLog
 from cllm_spheres.web.app import make_app
-from cllm_spheres.web.connections import HEADER_BYTES, KEEP_ALIVE_S, Connection, sweep
+from cllm_spheres.web.connections import KEEP_ALIVE_S, Connection, sweep
 from cllm_spheres.web.engine import Engine
 from cllm_spheres.web.guard import Rules, is_loopback
 from cllm_spheres.web.link import KEY_VARIABLE, Setup
@@ -162,7 +162,7 @@ async def _serve(settings: Settings, bound: socket.socket, say: Callable[[str], 
             app, http=partial(Connection, log=log),  # type: ignore[arg-type]
             ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S + TOLD_S,
-            h11_max_incomplete_event_size=HEADER_BYTES, callback_notify=every_second, timeout_notify=1,
+            callback_notify=every_second, timeout_notify=1,
         )
     )  # fmt: skip
 

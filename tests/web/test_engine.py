@@ -13,7 +13,7 @@ import pytest
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.web import engine as engine_module
 from cllm_spheres.web import link as link_module
-from cllm_spheres.web.engine import Engine
+from cllm_spheres.web.engine import BACKOFF_S, Engine
 from cllm_spheres.web.link import Link, Setup
 from cllm_spheres.web.metrics import Metrics
 from cllm_spheres.web.refusals import Refused
@@ -128,6 +128,31 @@ def test_a_start_for_which_there_is_no_memory_or_descriptor_is_tried_again(play,
     assert (
         "could not be started again: The process of inference cannot be started: Cannot all" in capsys.readouterr().err
     )
+
+
+def test_starts_that_fail_in_a_row_come_in_growing_pauses(play, monkeypatch, capsys):
+    """A request that ends the process each time, or a damaged run, costs a start now and then and no more."""
+    pauses = []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 9:
+            await real(WAIT_S)
+        await real(0)
+
+    async def visit(engine, links):
+        monkeypatch.setattr(engine_module, "BACKOFF_S", BACKOFF_S)
+        monkeypatch.setattr(engine_module, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": pause}))
+        await engine.start()
+        for _ in range(2):  # it lives for a moment each time
+            await until(lambda: engine.alive)
+            links[-1].kill()
+            await until(lambda: not engine.alive)
+        await until(lambda: len(pauses) == 9)
+        assert pauses == [0, 1, 2, 5, 10, 30, 30, 30, 30]
+
+    real = asyncio.sleep
+    play([ABOUT, ABOUT, *[DIES] * 20], visit)
 
 
 def test_a_run_that_was_trained_anew_in_another_shape_is_served_in_it(play):

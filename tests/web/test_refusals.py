@@ -138,6 +138,17 @@ def test_a_body_that_is_too_large_is_not_read(served):
     error_of(served.client.post("/v1/completions", content=parts), 413)
 
 
+def test_a_body_in_thousands_of_chunks_is_refused_before_they_are_read(served):
+    """Each costs as much as a chunk of 64 KiB, and nobody else is served meanwhile."""
+    body = json.dumps(GOOD).encode()
+    few = (body[i : i + 1] for i in range(len(body)))
+    assert served.client.post("/v1/completions", content=few).status_code == 200
+    with socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"1\r\n \r\n" * 4097)  # and not the last one
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
 def test_what_is_no_http_gets_json_too(served):
     for garbage in (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000):
         with socket.create_connection(("127.0.0.1", served.port), timeout=WAIT_S) as connection:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from cllm_spheres.inference.options import Options
 from cllm_spheres.web import access_log, connections
+from cllm_spheres.web import app as app_module
 from cllm_spheres.web.answers import Answer
 from cllm_spheres.web.connections import ASK_S, TAKE_S, Connection
 from cllm_spheres.web.fields import read_json
@@ -108,8 +111,6 @@ class Transport:
 
 @pytest.fixture
 def connection(monkeypatch):
-    import asyncio
-
     import uvicorn
     from uvicorn.server import ServerState
 
@@ -205,12 +206,44 @@ def test_a_log_whose_reader_has_gone_ends_nothing():
     os.close(writing)
 
 
+# --- bodies
+
+
+def test_the_bodies_that_come_in_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(app_module, "BODIES_BYTES", 150)
+
+    class Sent:
+        headers: ClassVar[dict] = {}
+
+        def __init__(self):
+            self.goes_on = asyncio.Event()
+
+        async def stream(self):
+            yield b"x" * 90
+            await self.goes_on.wait()
+            yield b"y"
+
+    async def both():
+        bodies, limits = app_module.Bodies(), Limits(body_bytes=100)
+        waiting = Sent()
+        first = asyncio.create_task(bodies.read(waiting, limits))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="coming in") as refused:
+            await bodies.read(Sent(), limits)
+        assert refused.value.status == 503 and "Retry-After" in refused.value.headers
+        waiting.goes_on.set()
+        assert len(await first) == 91
+        late = Sent()
+        late.goes_on.set()
+        assert len(await bodies.read(late, limits)) == 91
+
+    asyncio.run(both())
+
+
 # --- failures of our own
 
 
 def test_a_mistake_of_ours_is_a_json_error_and_its_traceback_stays_here(capsys):
-    import asyncio
-
     import httpx
 
     from cllm_spheres.web.app import make_app
