@@ -191,13 +191,13 @@ def test_no_process_survives_a_server_that_is_killed(run):
 def test_a_signal_lets_requests_in_flight_end(run, number, code):
     with Served([run], ["--max-tokens", 1_000_000]) as server:
         child, answers = server.child, []
-        body = LONG | {"max_tokens": 8000}
+        body = LONG | {"max_tokens": 2000}  # well within the five seconds, on a busy machine too
         asking = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", **body)))
         asking.start()
         running(server, 1)
         server.process.send_signal(number)
         asking.join(WAIT_S)
-        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 8000
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 2000
         assert server.process.wait(WAIT_S) == code
         assert not lives(child)
     assert re.fullmatch(rf"Interrupted: Stopped by {signal.Signals(number).name}\. .*\n", server.err), server.err
