@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import Interrupted
+from cllm_spheres.text.prepare import STAGE_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_NAMES = {"read": "Reading", "vocabulary": "Making the vocabulary", "tokens": "Encoding", "score": "Evaluating"}
+_NAMES = {**STAGE_NAMES, "score": "Evaluating"}
 _IN_TOKENS = ("score",)  # stages that are not counted in bytes
 _PLAIN_EVERY_S = 10.0
 

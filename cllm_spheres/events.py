@@ -29,7 +29,9 @@ LONGEST_LINE = 1 << 20  # bytes; one of 156 spheres has about 20,000
 KINDS = ("step", "eval", "spheres", "event")
 
 # The names of events, in the order in which a run usually meets them.
+PREPARING = "preparing"
 EVENTS = (
+    PREPARING,  # share: how far the preparing of its text is, before the run starts
     "start",  # workers, spheres, batch_size, block_size, steps, num_parameters, run, cores, dtype, pinned, config
     "note",  # of what makes the run slow here
     "ready",  # seconds: what starting took
@@ -105,9 +107,12 @@ class Tail:
         return list(_parse(data[:end]))
 
 
-def read(path: Path) -> list[Record]:
-    """All whole records of a metrics.jsonl; a torn or broken line is left out."""
-    return Tail(path).read()
+def read(path: Path, last: bool = False) -> list[Record]:
+    """All whole records of a metrics.jsonl, or some of the last; a torn or broken line is left out."""
+    tail = Tail(path)
+    if last and path.is_file():
+        tail._offset = max(0, path.stat().st_size - LONGEST_LINE)
+    return tail.read()
 
 
 def _parse(data: bytes) -> Iterator[Record]:

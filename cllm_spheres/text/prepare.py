@@ -38,6 +38,12 @@ from cllm_spheres.text.work import Task, forget, save_part
 
 Progress = Callable[[str, float, float], None]  # stage, done, total (bytes)
 STAGES = ("read", "vocabulary", "tokens")
+# The first of them only where text is looked for in the cache; shares of the time, about, with bpe.
+SHARES = {"look": 0.05, "read": 0.2, "vocabulary": 0.35, "tokens": 0.4}
+STAGE_NAMES = {
+    "look": "Comparing with what is prepared", "read": "Reading", "vocabulary": "Making the vocabulary",
+    "tokens": "Encoding",
+}  # fmt: skip
 
 READ_BYTES = 8 << 20  # files read by one task
 READ_FILES = 1000

@@ -307,7 +307,7 @@ def prepare_cached(
     try:
         return Prepared.open(cache / quick.read_text())
     except (OSError, ValueError):  # InputError is a ValueError, as is text that cannot be decoded
-        name = _content_key(files, settings)
+        name = _content_key(files, settings, progress)
     target = cache / name
     if target.exists():
         try:
@@ -384,11 +384,16 @@ def _quick_key(files: FileList, settings: Settings) -> str:
     return digest.hexdigest()[:32]
 
 
-def _content_key(files: FileList, settings: Settings) -> str:
-    digest = _settings_hash(settings)
-    for path in files.paths:
+def _content_key(files: FileList, settings: Settings, progress: Callable[[str, float, float], None] | None) -> str:
+    digest, done = _settings_hash(settings), 0
+    for path, num_bytes in zip(files.paths, files.sizes, strict=True):
+        if progress:
+            progress("look", done, files.total_bytes)
         try:
             digest.update(folders.hash_file(Path(path)).encode())
         except OSError as error:
             digest.update(f"unreadable {error.errno}".encode())
+        done += num_bytes
+    if progress:
+        progress("look", done, files.total_bytes)
     return digest.hexdigest()[:32]

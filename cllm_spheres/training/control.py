@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_spheres.errors import InputError, RunFailed
+from cllm_spheres.training.new_run import preparing
 
 PACKET_BYTES = 1 << 16
 MOMENT_S = 2.0
@@ -106,6 +107,8 @@ def ask(run: Path, message: dict[str, Any], waiting: Callable[[], None] = lambda
             waiting()
         data = connection.recv(PACKET_BYTES)
     except (ConnectionRefusedError, FileNotFoundError):
+        if how_far := preparing(run):
+            raise InputError(f"The run in {run} is {how_far}. Ask it again when it trains.") from None
         raise InputError(
             f"No run is going on in {run}, on this machine. Go on with it: cllm-spheres train --resume --run {run}"
         ) from None

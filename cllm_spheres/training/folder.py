@@ -17,14 +17,12 @@ from typing import Any
 
 from cllm_spheres.checkpoint import tensors
 from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, NoOptimizer, looks_whole
-from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.lock import NAME as LOCK
-from cllm_spheres.checkpoint.lock import lock
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
-from cllm_spheres.events import read
+from cllm_spheres.events import PREPARING, read
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_memory, check_shape, shape_of
@@ -32,7 +30,7 @@ from cllm_spheres.training.soft_targets import check_loss
 from cllm_spheres.training.start import check_start
 from cllm_spheres.units import plural
 
-CONFIG_TOML = "config.toml"
+CONFIG_TOML, METRICS = "config.toml", "metrics.jsonl"
 # Of a configuration all that does not shape the weights; the shape of the model is compared whole.
 FREE = (
     "preset", "workers", "steps", "epochs", "stop_at", "early_stop", "eval_every", "eval_tokens", "save_every", "keep",
@@ -88,7 +86,7 @@ def check_new(run: Path) -> None:
 
 
 def _check_place(run: Path) -> None:
-    if run.exists() and (not run.is_dir() or any(entry.name not in (NEW_CONFIG, LOCK) for entry in run.iterdir())):
+    if run.exists() and (not run.is_dir() or not all(map(_may_be_replaced, run.iterdir()))):
         hint = f"Continue it with: cllm-spheres train --resume --run {run}. Or" * (run / CONFIG_TOML).exists()
         raise InputError(f"{run} exists already. {hint or 'Please'} give another --run.")
     folder = run
@@ -100,6 +98,13 @@ def _check_place(run: Path) -> None:
         raise InputError(f"No permission to write in {folder.resolve()}. Give another --run.")
 
 
+def _may_be_replaced(entry: Path) -> bool:
+    """Whether this is left of one who died while he made a run, or prepared its text."""
+    if entry.name == METRICS:
+        return entry.is_file() and all(record.get("event") == PREPARING for record in read(entry))
+    return entry.name in (NEW_CONFIG, LOCK)
+
+
 def check_name(path: Path) -> None:
     """InputError where config.toml, which is UTF-8, could not name the data."""
     name = str(Path(path).resolve())
@@ -107,52 +112,6 @@ def check_name(path: Path) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise InputError(f"The name {name!r} is not UTF-8, so that config.toml cannot hold it. Rename it.") from None
-
-
-def create(run: Path | None, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> Path:
-    """Make the folder with its config.toml, and return it; nothing is left where that fails.
-
-    run: None is a new folder in runs/. origin: as for `write_config`. InputError where another process is just making
-    a run there.
-    """
-    check_name(prepared.folder)
-    if run is not None:
-        check_new(run)
-    for path in new_names(config.preset) if run is None else [run]:
-        made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                path.mkdir()
-                made.insert(0, path)
-            if run is None and path not in made:
-                continue  # another run of this very second has just taken the name
-            with lock(path):
-                _fill(path, path in made, config, prepared, origin)
-        except (OSError, InputError) as error:
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # where it is empty
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} cannot be made: {error.strerror}. Give another --run.") from None
-        for folder in {path, *(folder.parent for folder in made)}:
-            with contextlib.suppress(OSError):  # one that may not be read cannot be synced
-                Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
-        break
-    return path
-
-
-def _fill(run: Path, is_new: bool, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:
-    """Write config.toml into a folder that is locked; where that fails, a new folder is empty as before."""
-    try:
-        check_new(run)  # another process may have made a run here just before the lock was taken
-        write_config(run, config, prepared, origin)
-    except (OSError, InputError):
-        if is_new:
-            with contextlib.suppress(OSError):
-                (run / LOCK).unlink()
-        raise
 
 
 def write_config(run: Path, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> None:

@@ -21,6 +21,7 @@ from cllm_spheres.text.prepared import Prepared, prepare_cached
 from cllm_spheres.training import folder
 from cllm_spheres.training.beginning import origin_of, tokenizer_of, with_model
 from cllm_spheres.training.folder import Plan
+from cllm_spheres.training.new_run import NewRun
 from cllm_spheres.training.plan import check_shape, places, resolve
 from cllm_spheres.training.start import check_start
 
@@ -120,20 +121,19 @@ def new_run(
             raise InputError(f"--init {config.init} contradicts --from, whose weights come first. Leave one out.")
     check_shape(config)
     places(config, given)
-    place = run or next(folder.new_names(config.preset))
-    folder.check_new(place)
     text = minimal_text() if data is None and config.preset == "minimal" else data
     if isinstance(text, Path):
         folder.check_name(text)
     tokenizer = source.tokenizer_json if source else None
-    prepared = prepare_data(text, config.tokenizer, config.vocab_size, given, progress, tokenizer)
-    if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
-        raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
-    resolved = resolve(config, given, prepared)
-    chosen = _faults(faults, resolved, config.stop_at)
-    notes = check_start(resolved, prepared, place) + (source.notes if source else ())
-    notes = (*filter(None, [prepared.share_warning()]), *notes)
-    run = folder.create(run, resolved, prepared, {"text": _raw(text), **origin_of(source)})
+    with NewRun(run, config.preset, progress) as new:
+        prepared = prepare_data(text, config.tokenizer, config.vocab_size, given, new.progress, tokenizer)
+        if recorded.get("data_fingerprint") not in (None, prepared.fingerprint):
+            raise InputError(f"{prepared.folder} is not what {file} was written with: its text has changed since.")
+        resolved = resolve(config, given, prepared)
+        chosen = _faults(faults, resolved, config.stop_at)
+        notes = check_start(resolved, prepared, new.path) + (source.notes if source else ())
+        notes = (*filter(None, [prepared.share_warning()]), *notes)
+        run = new.fill(resolved, prepared, {"text": _raw(text), **origin_of(source)})
     return Plan(run, resolved, prepared, config.stop_at, faults=chosen, notes=notes)
 
 

@@ -94,7 +94,7 @@ class Follower:
     def _read(self) -> bool:
         """Take what is new, at most a chunk; whether there was something."""
         records = self._reader.read()
-        if records and not self._configured:
+        if records and not self._configured and (self.run / "config.toml").exists():  # not while text is prepared
             self.view.name, self.view.facts = (
                 (fresh := open_view(self.run)).name,
                 fresh.facts | self.view.facts,

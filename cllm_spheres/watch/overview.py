@@ -12,7 +12,7 @@ from typing import Any
 from cllm_spheres.checkpoint.lock import is_held
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
-from cllm_spheres.events import Record
+from cllm_spheres.events import PREPARING, Record
 from cllm_spheres.watch.records import cross_entropy_of, number, step_of
 
 STEPS_OF_SPEED = 100  # the last steps, whose tokens and seconds are "tokens/s"
@@ -30,7 +30,7 @@ class Overview:
 
     name: str
     path: str
-    state: str  # running, finished, stopped early, stopped, failed, cut off, unreadable, or imported
+    state: str  # preparing text, running, finished, stopped early, stopped, failed, cut off, unreadable, or imported
     step: int | None
     steps: int | None  # of the schedule
     loss: float | None  # the plain cross-entropy of the last step
@@ -69,7 +69,15 @@ def overview(run: Path) -> Overview:
     if has_records:
         records.read(path)
     kept = Store(run).steps()
-    state = "running" if is_held(run) else records.end if has_records else "imported" if kept else DIED
+    state = (
+        ("preparing text" if records.prepares else "running")
+        if is_held(run)
+        else records.end
+        if has_records
+        else "imported"
+        if kept
+        else DIED
+    )
     step, loss, total = records.last
     return Overview(
         name=run.name, path=str(run), state=state, step=max(kept, default=None) if step is None else step,
@@ -99,6 +107,7 @@ class _Records:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     time: float | None = None
     end: str = DIED
+    prepares: bool = False  # its text, as far as is known
     last: tuple[int | None, float | None, int | None] = (None, None, None)
     speed: float | None = None
     _begins: bool = False  # the next step is the first after a start or a resume
@@ -128,6 +137,7 @@ class _Records:
                 self.evaluations.append((step, loss))
         elif record.get("kind") == "event":
             name = record.get("event")
+            self.prepares = name == PREPARING
             if name in ("start", "resume"):
                 self.end, self._begins = DIED, True
                 self._forget_after(step_of(record) or 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cllm_spheres.events import Record
+from cllm_spheres.events import PREPARING, Record
 from cllm_spheres.units import compact, duration, fixed, rate, time_of_day
 from cllm_spheres.watch.paint import clean
 from cllm_spheres.watch.records import cross_entropy_of, number, step_of
@@ -57,6 +57,8 @@ class Plain:
         self._endings = endings
         self._printed_time = float("-inf")
         self._printed_step = -1
+        self._prepared_time = float("-inf")  # of the last line on how far the text is
+        self._unprepared: Record | None = None  # the latest word on that which has no line yet
         self._pending: Record | None = None  # the latest step that has no line yet
         self._first = True  # the next step is the first since a start or resume
 
@@ -70,6 +72,10 @@ class Plain:
             self.flush(view)
             self._tell(record, eval_line(record))
         elif kind == "event":
+            if record.get("event") == PREPARING:
+                self._unprepared = None if self._due_while_preparing(record) else record
+                if self._unprepared:
+                    return
             if record.get("event") in ("end", "failed", "stopping", "resume"):
                 self.flush(view)
             self._first |= record.get("event") in ("start", "resume")
@@ -78,7 +84,10 @@ class Plain:
                 self._tell(record, message)
 
     def flush(self, view: RunView) -> None:
-        """The line of the latest step, if it has none yet."""
+        """The line of the latest step, or on how far the text is, if it has none yet."""
+        if self._unprepared is not None:
+            self._tell(self._unprepared, clean(str(self._unprepared.get("message"))))
+            self._unprepared = None
         if self._pending is not None:
             self._tell(self._pending, step_line(self._pending, view))
             self._printed_time = number(self._pending, "time") or 0.0
@@ -87,6 +96,14 @@ class Plain:
 
     def _tell(self, record: Record, line: str) -> None:
         self._write(f"{time_of_day(number(record, 'time'))}  {line}")
+
+    def _due_while_preparing(self, record: Record) -> bool:
+        """The first word, the last, and one in SLOW_INTERVAL_S."""
+        now = number(record, "time") or 0.0
+        if number(record, "share") != 1.0 and 0 <= now - self._prepared_time < SLOW_INTERVAL_S:
+            return False
+        self._prepared_time = now
+        return True
 
     def _due(self, record: Record, view: RunView) -> bool:
         target = view.target

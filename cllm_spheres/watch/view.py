@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cllm_spheres.config import MAX_SPHERES
-from cllm_spheres.events import Record
+from cllm_spheres.events import PREPARING, Record
+from cllm_spheres.units import percent
 from cllm_spheres.watch.records import Spheres, cross_entropy_of, number, step_of
 from cllm_spheres.watch.series import Series
 
@@ -59,7 +60,7 @@ class RunView:
         self.started: float | None = None  # of the latest start or resume
         self.last_time: float | None = None
         self.num_records = 0
-        self._phase = "starting"  # starting, running, stopping, ended, failed
+        self._phase = "starting"  # preparing text, starting, running, stopping, ended, failed
         self._best: list[tuple[int, float]] = []  # falling minima of the validation loss
         self._first_step = 0  # the step this start or resume began from
         self._slices: deque[_Slice] = deque()
@@ -151,6 +152,11 @@ class RunView:
 
     def _add_event(self, record: Record) -> None:
         name, message = str(record.get("event", "")), str(record.get("message") or record.get("event", ""))
+        if name == PREPARING:
+            share = number(record, "share")
+            self._phase = "starting" if share is None or share >= 1 else f"preparing text, {percent(round(share, 2))}"
+            if self.messages and self.messages[-1][1] == PREPARING:
+                self.messages.pop()  # only how far it is now
         self.messages.append((number(record, "time") or 0.0, name, message))
         if name in ("start", "resume"):
             config = record.get("config")
@@ -285,12 +291,12 @@ class RunView:
         if self.finished or self.last_time is None:
             return None
         step_s = self._total.seconds / self._total.steps if self._total.steps else 0.0
-        patience_s = 60.0 if self._phase == "starting" else max(15.0, 5 * step_s)
+        patience_s = 60.0 if self._phase.startswith(("starting", "preparing")) else max(15.0, 5 * step_s)
         silence = now - self.last_time
         return silence if silence > patience_s else None
 
     def state(self, now: float) -> str:
-        """starting, running, evaluating, stopping, ended, failed, or 'silent for N s'."""
+        """preparing text, starting, running, evaluating, stopping, ended, failed, or 'silent for N s'."""
         silence = self.silent_s(now)
         if silence is not None:
             return f"silent for {silence:.0f} s"

@@ -15,7 +15,7 @@ from cllm_spheres.checkpoint.lock import lock
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.inference.model import load
-from cllm_spheres.training import folder, session
+from cllm_spheres.training import folder, new_run, session
 from tests.faults.malformed import MODEL as OPTIONS
 from tests.faults.malformed import make_run, reseal_checkpoint
 
@@ -91,8 +91,10 @@ def test_runs_without_a_name_that_begin_in_the_same_second_have_different_names(
     plan = session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=None, file=None)
     assert plan.run == Path("runs/now")
     assert session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=None, file=None).run == Path("runs/now-2")
-    monkeypatch.setattr(folder, "new_names", lambda preset: iter([plan.run, Path("runs/now-3")]))  # "now" seemed free
-    assert folder.create(None, plan.config, plan.prepared, {}) == Path("runs/now-3")
+    names = iter([Path("runs/now-3"), plan.run, Path("runs/now-3")])  # "now" seemed free
+    monkeypatch.setattr(new_run, "new_names", lambda preset: names)
+    with new_run.NewRun(None, None) as new:
+        assert new.fill(plan.config, plan.prepared, {}) == Path("runs/now-3")
     assert folder.read_config(plan.run)[0] == plan.config
 
 
