@@ -69,15 +69,9 @@ def overview(run: Path) -> Overview:
     if has_records:
         records.read(path)
     kept = Store(run).steps()
-    state = (
-        ("preparing text" if records.prepares else "running")
-        if is_held(run)
-        else records.end
-        if has_records
-        else "imported"
-        if kept
-        else DIED
-    )
+    state = records.end if has_records else "imported" if kept else DIED
+    if is_held(run):
+        state = "preparing text" if records.prepares else "running"
     step, loss, total = records.last
     return Overview(
         name=run.name, path=str(run), state=state, step=max(kept, default=None) if step is None else step,
