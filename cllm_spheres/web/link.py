@@ -10,10 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.spheres.server import die_with
@@ -21,7 +24,10 @@ from cllm_spheres.spheres.serving import clean_environment
 
 KEY_VARIABLE = "CLLM_SPHERES_API_KEY"
 LINE_BYTES = 256 << 20  # a step in which every text shows its whole prompt's log-probabilities
-LOAD_S = 300.0  # for each model to be loaded, its kernels compiled: a process that takes longer hangs
+# A process that loads a model hangs where it computes for less than a second within STILL_S. One that compiles on a
+# slow and busy machine may take many minutes, but not LOAD_S.
+STILL_S, LOAD_S = 120.0, 1800.0
+LOOK_S = 1.0
 END_S = 2.0  # for a process that was told to end, and once more for one that was killed
 
 
@@ -69,16 +75,7 @@ class Link:
         """
         abouts: list[dict[str, Any]] = []
         for run in self.setup.runs.values():
-            try:
-                async with asyncio.timeout(LOAD_S):
-                    answer = await self.read()
-            except TimeoutError:
-                self.process.kill()
-                await self.end()
-                raise RunFailed(
-                    f"The process of inference had not loaded {run} after {LOAD_S:g} s and was ended. Look whether its"
-                    " disk answers, and try again: kernels that are compiled already are kept."
-                ) from None
+            answer = await self._read_loaded(run)
             if not isinstance(answer, dict) or "loaded" not in answer:
                 code = await self.end()
                 if isinstance(answer, dict) and "failed" in answer:
@@ -86,6 +83,40 @@ class Link:
                 raise RunFailed(f"The process of inference ended while it loaded {run}: {how_ended(code)}.")
             abouts.append(answer["loaded"])
         return abouts
+
+    async def _read_loaded(self, run: Path) -> Any:
+        """The next message; RunFailed where the process stands still, or takes too long, and is ended."""
+        reading = asyncio.ensure_future(self.read())
+        began = moved = time.monotonic()
+        computed_s = self.computed_s()
+        try:
+            while not reading.done():
+                await asyncio.wait((reading,), timeout=LOOK_S)
+                now = time.monotonic()
+                if self.computed_s() - computed_s >= 1:
+                    computed_s, moved = self.computed_s(), now
+                if not reading.done() and (now - moved > STILL_S or now - began > LOAD_S):
+                    self.process.kill()
+                    await self.end()
+                    did = (
+                        f"took {now - began:.0f} s" if now - began > LOAD_S else f"did nothing for {now - moved:.0f} s"
+                    )
+                    raise RunFailed(
+                        f"The process of inference {did} while it loaded {run}, and was ended. Look whether its disk"
+                        " answers, and try again: kernels that are compiled already are kept."
+                    )
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    def computed_s(self) -> float:
+        """Seconds of CPU that the process has had, and those that it has started."""
+        total = 0.0
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.process.pid)
+            for each in (process, *process.children(recursive=True)):
+                total += sum(each.cpu_times())
+        return total
 
     @property
     def alive(self) -> bool:

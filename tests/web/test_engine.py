@@ -28,6 +28,7 @@ class Played(Link):
     """A link to a process that loads what it is told to load, or hangs, and writes nothing by itself."""
 
     alive = True  # in the place of Link's property
+    computes = False
 
     def __init__(self, setup, about) -> None:
         self.setup, self.said = setup, []
@@ -44,6 +45,9 @@ class Played(Link):
     async def read(self):
         return await self.messages.get()
 
+    def computed_s(self) -> float:
+        return time.monotonic() * 1e6 if self.computes else 0.0
+
     def say(self, message) -> None:
         self.said.append(message)
 
@@ -59,6 +63,7 @@ class Played(Link):
 def play(monkeypatch):
     """play(abouts, visit): an engine whose processes, one after another, are played with `abouts`."""
     monkeypatch.setattr(engine_module, "BACKOFF_S", (0.0,))
+    monkeypatch.setattr(link_module, "LOOK_S", 0.005)
 
     def run(abouts, visit):
         links = []
@@ -97,20 +102,33 @@ def order(prompt="ab"):
 def test_a_process_that_hangs_while_it_loads_is_ended_and_replaced(play, monkeypatch, capsys):
     async def visit(engine, links):
         await engine.start()
-        monkeypatch.setattr(link_module, "LOAD_S", 0.05)  # the first one needs none of it
+        monkeypatch.setattr(link_module, "STILL_S", 0.03)  # the first one needs none of it
         links[0].kill()
         await until(lambda: engine.alive)
         assert len(links) == 3 and not links[1].alive and engine.restarts == 1
 
     play([ABOUT, HANGS, ABOUT], visit)
-    assert "had not loaded runs/run after 0.05 s and was ended" in capsys.readouterr().err
+    assert "did nothing for 0 s while it loaded runs/run, and was ended" in capsys.readouterr().err
 
 
 def test_a_server_whose_first_process_hangs_does_not_begin(play, monkeypatch):
-    monkeypatch.setattr(link_module, "LOAD_S", 0.05)
+    monkeypatch.setattr(link_module, "STILL_S", 0.03)
 
     async def visit(engine, links):
-        with pytest.raises(RunFailed, match=r"had not loaded runs/run.*try again"):
+        with pytest.raises(RunFailed, match=r"while it loaded runs/run.*try again"):
+            await engine.start()
+        assert not links[0].alive
+
+    play([HANGS], visit)
+
+
+def test_a_process_that_computes_has_time_to_compile_but_not_for_ever(play, monkeypatch):
+    monkeypatch.setattr(link_module, "STILL_S", 0.0)  # a process that stands still would be ended at once
+    monkeypatch.setattr(link_module, "LOAD_S", 0.05)
+    monkeypatch.setattr(Played, "computes", True)
+
+    async def visit(engine, links):
+        with pytest.raises(RunFailed, match=r"took 0 s while it loaded runs/run"):
             await engine.start()
         assert not links[0].alive
 
