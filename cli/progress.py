@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import Interrupted
 from cllm_spheres.text.prepare import STAGE_NAMES
+from cllm_spheres.units import size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +76,9 @@ class _Times:
 
 
 def _amount(stage: str, done: float | None, total: float) -> str:
-    """ "1.2 of 3.4 MB", "12 of 34 tokens" """
+    """ "1.2 of 3.4 MB", "12 of 34 tokens"; without what is done "3 MB", "34 tokens" """
+    if done is None and stage not in _IN_TOKENS:
+        return size(total)
     form, unit = (",.0f", "tokens") if stage in _IN_TOKENS else (",.1f", "MB")
     numbers = [number if stage in _IN_TOKENS else number / 1e6 for number in (done, total) if number is not None]
     return f"{' of '.join(format(number, form) for number in numbers)} {unit}"

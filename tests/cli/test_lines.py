@@ -25,7 +25,7 @@ def test_each_stage_of_preparing_leaves_a_line_with_its_seconds(terminal):
             progress(stage, done, 2e6)
         progress("score", 0, 100)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", out.getvalue())  # without what moves the cursor
-    lines = re.findall(r"^(\w[\w ]+): 2\.0 MB in \d+\.\d s\s*$", shown, re.M)
+    lines = re.findall(r"^(\w[\w ]+): 2 MB in \d+\.\d s\s*$", shown, re.M)
     assert lines == ["Reading", "Making the vocabulary", "Encoding"]
 
 
