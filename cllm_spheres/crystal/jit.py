@@ -53,7 +53,7 @@ COMPILED = (
     "spheres/firing.py", "spheres/memory.py", "spheres/phases.py", "text/batches.py",
 )  # fmt: skip
 OPTIONS: dict[str, Any] = dict(error_model="numpy", boundscheck=False)
-COMPILING = "Compiling kernels, once on this machine: up to half a minute."
+COMPILING = "Compiling kernels, once on this machine: half a minute, longer where it is busy."
 TELL_AFTER_S = 3.0  # without a compilation the next one is told of again
 
 
