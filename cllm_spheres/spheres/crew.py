@@ -1,7 +1,8 @@
 """The server and the workers it forks, as Node Zero sees them: who lives, and how the others ended.
 
-A thread listens to the server. A worker counts as ended only when the kernel says so, through a descriptor of its
-process: whoever takes over its work then has it alone.
+A thread listens to the server and watches its process. A worker counts as ended only when the kernel says so, through
+a descriptor of its process, or because nobody of the server's process group is left: whoever takes over its work then
+has it alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections import deque
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.group import ready
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.server import PACKET_BYTES
@@ -64,46 +65,53 @@ class Crew:
         self._handles: dict[int, int] = {}  # worker -> pidfd
         self._asked: set[int] = set()  # workers that the server has been asked for and has not started yet
         self._ended: deque[Ended] = deque()
+        self._held = False  # whether some of a server's group lived on after SIGKILL
         self._lock = threading.Lock()
         self._attach()
 
     def _attach(self) -> None:
         self.warm_since = None
         self.server_gone = False
-        threading.Thread(target=self._listen, args=(self.server,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self.server,), daemon=True)
+        self._listener.start()
 
     def _listen(self, server: Server) -> None:
-        with contextlib.suppress(OSError):  # `kill` closed the connection
-            while data := server.connection.recv(PACKET_BYTES):
-                self._hear(json.loads(data))
+        """Hear what the server says until its process ends, however many others hold its end of the connection."""
+        poll = select.poll()
+        for source in (server.connection.fileno(), server.group.handle):
+            poll.register(source, select.POLLIN)
+        with contextlib.suppress(OSError):
+            while poll.poll()[0][0] == server.connection.fileno():  # before its end, which is last
+                data, handles, _, _ = socket.recv_fds(server.connection, PACKET_BYTES, 1)
+                if not data:
+                    break
+                self._hear(json.loads(data), handles)
                 self._ring()
+        server.group.signal(signal.SIGKILL)  # also whom it has forked and not told of
+        held = not server.group.wait_for_all(ENDS_WITHIN_S)
         with self._lock:
-            self.server_gone = True  # first: whoever sees an end of its workers sees its own
+            self.server_gone, self._held = True, held  # first: whoever sees an end of its workers sees its own
             for worker in list(self.pids):  # they end with their server, and nobody tells how
                 self._take_out(worker, signal.SIGKILL, with_server=True)
             self._asked.clear()
         self._ring()
 
-    def _hear(self, message: dict[str, object]) -> None:
+    def _hear(self, message: dict[str, object], handles: list[int]) -> None:
         with self._lock:
             if "status" in message and isinstance(message["status"], str):
                 self._status(message["status"])
             elif "warm" in message:
                 self.warm_since = time.monotonic()
             elif "started" in message:
-                worker, pid = int(str(message["started"])), int(str(message["pid"]))
-                self.pids[worker] = pid
+                worker = int(str(message["started"]))
+                self.pids[worker], self._handles[worker] = int(str(message["pid"])), handles[0]
+                os.set_inheritable(handles[0], False)
                 self._asked.discard(worker)
-                with contextlib.suppress(ProcessLookupError):  # it has ended already: that is told next
-                    self._handles[worker] = os.pidfd_open(pid)
             elif "ended" in message and self.pids.get(int(str(message["ended"]))) == message["pid"]:
                 self._take_out(int(str(message["ended"])), int(str(message["status"])))
 
     def _take_out(self, worker: int, status: int, with_server: bool = False) -> None:
-        handle = self._handles.pop(worker, None)
-        if handle is not None:
-            select.select([handle], [], [], ENDS_WITHIN_S)
-            os.close(handle)
+        os.close(self._handles.pop(worker))
         self._ended.append(Ended(worker, self.pids.pop(worker), status, with_server))
 
     def replace(self, job: Job) -> None:
@@ -121,11 +129,12 @@ class Crew:
     def spawn(self, workers: list[int]) -> None:
         """Have workers forked, by a new server where the last one has ended; `ready` tells when they are."""
         if self.server_gone:
-            self.server.process.wait()
-            self.server.connection.close()
+            self.server.group.wait()
+            self.server.close()
             self.server = start_server()
             self._attach()
-        self.memory.worker_words()[workers, M.W_READY] = 0
+        words = self.memory.worker_words()
+        words[workers, M.W_READY], words[workers, M.W_STATE] = 0, M.S_STARTING
         with self._lock:
             if not self.server_gone:  # else the new one has ended already: that is noticed next
                 self._asked |= set(workers)
@@ -146,7 +155,9 @@ class Crew:
         return len(self.pids) == self.job.workers and bool(words[:, M.W_READY].all())
 
     def take_ended(self) -> list[Ended]:
-        """Those who have ended since the last call."""
+        """Those who have ended since the last call. RunFailed where the kernel holds some who should have."""
+        if self._held:
+            raise RunFailed("Workers hang in the kernel and cannot be ended, not even by SIGKILL.")
         with self._lock:
             return [self._ended.popleft() for _ in range(len(self._ended))]
 
@@ -167,7 +178,7 @@ class Crew:
             handle = os.dup(handle)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
-        ended = select.select([handle], [], [], ENDS_WITHIN_S)[0]
+        ended = ready(handle, ENDS_WITHIN_S)
         os.close(handle)
         if not ended:
             raise RunFailed(
@@ -177,7 +188,7 @@ class Crew:
         deadline = time.monotonic() + TOLD_WITHIN_S
         while self.pids.get(worker) == pid and not self.server_gone:
             if time.monotonic() > deadline:
-                self.server.process.kill()
+                self.server.group.signal(signal.SIGKILL)
             time.sleep(0.002)
 
     def wait_for_ends(self, seconds: float, wait: Callable[[], None]) -> None:
@@ -187,27 +198,18 @@ class Crew:
             wait()
 
     def kill(self) -> None:
-        """SIGKILL for all workers, confirmed by their parent, then the server's end."""
-        process, connection = self.server.process, self.server.connection
-        if not self.pids:
-            process.kill()  # it is still compiling and hears nothing
-        with contextlib.suppress(OSError):
-            connection.send(json.dumps({"kill": True}).encode())
-        self.wait_for_ends(ENDS_WITHIN_S, lambda: time.sleep(0.002))
-        with contextlib.suppress(OSError):  # the server may have closed it already
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        """SIGKILL for the server and all workers, and their end confirmed, unless the kernel holds them."""
+        self.server.group.signal(signal.SIGKILL)
+        self._listener.join()
+        if self.server.group.wait(ENDS_WITHIN_S) is not None:
+            self.server.close()
 
     def server_end(self) -> str:
-        """How the server ended, in words."""
-        try:
-            code = self.server.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it has closed its end, and hangs
-            self.server.process.kill()
-            code = self.server.process.wait()
+        """How the server ended, in words. RunFailed where the kernel holds it."""
+        code = self.server.group.wait(ENDS_WITHIN_S)
+        if code is None:
+            raise RunFailed(
+                f"The process that starts the workers (pid {self.server.pid}) hangs in the kernel and cannot be ended,"
+                " not even by SIGKILL."
+            )
         return f"ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"

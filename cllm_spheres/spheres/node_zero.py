@@ -9,6 +9,7 @@ is complete stays, the rest is a pure function of shared memory, so the bits are
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,8 +44,9 @@ class NodeZero:
         self, job: Job, status: Callable[[str], None] = lambda text: None, look: Callable[[], None] = lambda: None,
         server: Server | None = None, tell: Callable[..., None] = lambda event, message, **facts: None,
     ) -> None:  # fmt: skip
-        """status: told what a person may want to know; look: called about ten times a second in `start` and `do`;
-        server: one that has been started already; tell: told of each loss and recovery, as an event.
+        """status: told what a person may want to know; look: called about ten times a second in `start` and `do`, and
+        in each recovery, which it may leave with an exception when the run shall end; server: one that has been
+        started already; tell: told of each loss and recovery, as an event.
         """
         # The plan names cores as if the machine were ours; here those are taken that no other run has.
         self._claims, cores = claim(job.workers, read_cores(usable_cores())) if job.cores else (Claims(), [])
@@ -52,7 +54,7 @@ class NodeZero:
         self.memory = SharedMemory(job.sizes)
         self._status, self._look, self._tell, self._server_given = status, look, tell, server
         self._command = (0, 0, 0, 0)  # number, kind, first, last
-        self._recovering = False
+        self._recovering, self._recovered_at = False, 0.0
         self.losses = Losses(job, self.memory)
         self.faults = FaultTable(self.memory, job.faults)
         for word, seconds, nanoseconds in (
@@ -79,12 +81,12 @@ class NodeZero:
         while not self.crew.ready():
             self.wait_for_bell()
             self._look()
-            asked = self._end_slow_server(asked)
+            asked = self._end_who_does_not_start(asked)
             self.check()
 
-    def _end_slow_server(self, asked: float) -> float:
-        """Where workers that were asked for are not ready in time, the server hangs, or one of them does. Another one
-        is tried: its end is noticed like any other. Returns since when they are waited for.
+    def _end_who_does_not_start(self, asked: float) -> float:
+        """Where workers that were asked for are not ready in time they hang, or the server does. They are ended, which
+        is noticed like any other end, and others are tried. Returns since when workers are waited for.
 
         The time that the kernels took to compile does not count as waiting for the workers.
         """
@@ -92,7 +94,13 @@ class NodeZero:
         latest = asked + COMPILED_WITHIN_S if warm_since is None else max(asked, warm_since) + READY_WITHIN_S
         if now <= latest:
             return asked
-        self.crew.server.process.kill()
+        ready = self.memory.worker_words()[:, M.W_READY]
+        hanging = [worker for worker in self.pids if not ready[worker]]
+        for worker in hanging:
+            self._tell_hung(worker, now - asked)
+            self.crew.kill_worker(worker)
+        if not hanging:
+            self.crew.server.group.signal(signal.SIGKILL)
         return now
 
     def close(self) -> None:
@@ -189,7 +197,7 @@ class NodeZero:
 
     @property
     def server_pid(self) -> int:
-        return self.crew.server.process.pid
+        return self.crew.server.pid
 
     def check(self) -> None:
         """Notice who has ended or hangs, and recover. SphereLost or another RunFailed where that is not possible."""
@@ -199,13 +207,21 @@ class NodeZero:
         release = NEVER if self._get(M.ABORT) else self._get(M.RELEASE)
         if hung := self._silence.hung(self.job.workers, self._command[0], release):
             worker, seconds = hung
-            self._tell(
-                "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for {seconds:.0f} s"
-                f" while {self.losses.state(worker)}, step {self.done + 1}. It may be stopped (SIGSTOP) or starved of"
-                " its core. It is ended and replaced.", worker=worker,
-            )  # fmt: skip
+            self._tell_hung(worker, seconds)
             self.crew.kill_worker(worker)
             self._recover()
+
+    def _tell_hung(self, worker: int, seconds: float) -> None:
+        self._tell(
+            "hung", f"{self.losses.names(worker)} (pid {self.pids.get(worker)}) did nothing for {seconds:.0f} s"
+            f" while {self.losses.state(worker)}, step {self.done + 1}. It may be stopped (SIGSTOP) or starved of"
+            " its core. It is ended and replaced.", worker=worker,
+        )  # fmt: skip
+
+    @property
+    def recovered_at(self) -> float:
+        """When the last recovery ended, by time.monotonic: now while one is under way, 0 before the first."""
+        return time.monotonic() if self._recovering else self._recovered_at
 
     # ---- losses, and other numbers of workers
 
@@ -248,10 +264,11 @@ class NodeZero:
                 asked = time.monotonic()
                 while not self.crew.ready() and not self.crew.lost:
                     self.wait_for_bell()
-                    asked = self._end_slow_server(asked)
+                    self._look()
+                    asked = self._end_who_does_not_start(asked)
             self._give_again(*interrupted)
         finally:
-            self._recovering = False
+            self._recovering, self._recovered_at = False, time.monotonic()
         seconds, workers = time.monotonic() - began, sorted(replaced)
         names = f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}" if workers else "all workers"
         self._tell(
@@ -280,6 +297,7 @@ class NodeZero:
             if ((words[:, M.W_LEFT] == self._command[0]) | (words[:, M.W_READY] == 0)).all():
                 return
             self.wait_for_bell()
+            self._look()
             self.check()  # who does not leave hangs, and is ended
 
     def _give_again(self, number: int, kind: int, first: int, last: int) -> None:

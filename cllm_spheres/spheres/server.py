@@ -1,12 +1,11 @@
 """Requests on a socket -> forked workers: `python -m cllm_spheres.spheres.server DESCRIPTOR PARENT_PID [DTYPE WIDTH]`.
 
 A process that has imported the kernels and run a tiny step forks 63 workers in less than a second, each sharing
-its memory. It has one thread, so forking is safe. It ends with Node Zero, and its workers end with it, stopped
-ones too: each asks the kernel for SIGKILL at its parent's death.
+its memory. It has one thread, so forking is safe. It ends with Node Zero, and its workers with it (group.py).
 
-Messages are JSON, one a packet. In: {"spawn": [workers], "job": {...}} with the shared memory's descriptor, and
-{"kill": true}. Out: {"status": text}, {"warm": dtype}, {"started": worker, "pid": pid}, {"ended": worker, "pid":
-pid, "status": wait status}.
+Messages are JSON, one a packet. In: {"spawn": [workers], "job": {...}} with the shared memory's descriptor. Out:
+{"status": text}, {"warm": dtype}, {"started": worker, "pid": pid} with a descriptor of the process, {"ended": worker,
+"pid": pid, "status": wait status}.
 """
 
 from __future__ import annotations
@@ -110,9 +109,6 @@ class Server:
             for worker in message["spawn"]:
                 self.fork(worker, message["job"], descriptors[0])
             os.close(descriptors[0])
-        if "kill" in message:
-            for _, pid in self.workers.values():
-                os.kill(pid, signal.SIGKILL)
         return True
 
     def fork(self, worker: int, job: dict[str, Any], descriptor: int) -> None:
@@ -121,18 +117,19 @@ class Server:
         if pid == 0:
             code = 1
             try:
-                die_with(server)
                 self.connection.close()
                 for pidfd in self.workers:
                     os.close(pidfd)
+                die_with(server)
                 from cllm_spheres.spheres import worker as module
                 from cllm_spheres.spheres.job import Job
 
                 code = module.main(Job.from_dict(job), descriptor, worker)
             finally:
                 os._exit(code)
-        self.workers[os.pidfd_open(pid)] = (worker, pid)
-        self.say(started=worker, pid=pid)
+        pidfd = os.pidfd_open(pid)
+        self.workers[pidfd] = (worker, pid)
+        socket.send_fds(self.connection, [json.dumps({"started": worker, "pid": pid}).encode()], [pidfd])
 
     def reap(self, pidfd: int) -> None:
         worker, pid = self.workers.pop(pidfd)
@@ -153,9 +150,7 @@ def main() -> None:
             server.warm(choose(sys.argv[3], int(sys.argv[4])))
         server.run()
     except (BrokenPipeError, ConnectionResetError):
-        pass  # Node Zero is gone, and so are we
-    for _, pid in server.workers.values():
-        os.kill(pid, signal.SIGKILL)
+        pass  # Node Zero is gone, and so are we; our workers end with us
 
 
 if __name__ == "__main__":

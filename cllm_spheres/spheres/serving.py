@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 
-from cllm_spheres.spheres.server import die_with
+from cllm_spheres.spheres.group import ProcessGroup
 
+MODULE = "cllm_spheres.spheres.server"
 THREAD_CAPS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -21,23 +20,25 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Server:
-    """The server's process and our end of its socket."""
+    """The server and all that it forks, and our end of its socket."""
 
-    process: subprocess.Popen[bytes]
+    group: ProcessGroup
     connection: socket.socket
+
+    @property
+    def pid(self) -> int:
+        return self.group.pid
+
+    def close(self) -> None:
+        """Give the descriptors back, once the server has ended."""
+        self.connection.close()
+        self.group.close()
 
 
 def start_server(*likely: str) -> Server:
-    """A server, warming up at once where dtype and width of the model are likely ones.
-
-    Call it from the main thread: the kernel ends the server when the thread that started it ends.
-    """
+    """A server, warming up at once where dtype and width of the model are likely ones. Call it from the main thread."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cllm_spheres.spheres.server", str(theirs.fileno()), str(os.getpid()),
-         *likely],
-        preexec_fn=partial(die_with, os.getpid()), pass_fds=[theirs.fileno()], env=clean_environment(),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(os.getpid()), *likely]
+    group = ProcessGroup(command, [theirs.fileno()], clean_environment())
     theirs.close()
-    return Server(process, ours)
+    return Server(group, ours)

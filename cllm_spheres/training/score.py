@@ -189,8 +189,8 @@ def _scored(
     finally:
         if node is not None:
             node.close()
-        server.process.kill()  # where it had not been handed over yet
-        server.process.wait()
+        server.group.signal(signal.SIGKILL)  # where it had not been handed over yet
+        server.group.wait()
 
 
 def _server(job: Job) -> Server:

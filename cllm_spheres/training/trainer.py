@@ -72,9 +72,9 @@ class Trainer:
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
-        self.node_zero = NodeZero(job, status, self._leave_early, server, self._tell)
+        self.node_zero = NodeZero(job, status, self._look, server, self._tell)
         self.keeper = Keeper(self.run, self.layout, config, prepared, self.node_zero, self.metrics)
-        self._said_stopping = False
+        self._said_stopping = self._started = self._stepping = False
         self._asked = False  # another process has asked for the end
         self._begins_trained = source is not None  # step 0 may be the best then
         self._began = time.monotonic()
@@ -95,6 +95,7 @@ class Trainer:
         """
         try:
             self._start(checkpoint, exact)
+            self._started = True
             while True:
                 self._evaluate_and_save()
                 if self.wishes.number and self.step < self.last:
@@ -193,7 +194,7 @@ class Trainer:
 
         def progress(done: float, total: float) -> None:
             nonlocal told
-            self._leave_early()
+            self._look()
             if time.monotonic() - told > TELLS_EVERY_S:
                 told = time.monotonic()
                 self._status(f"Finding the nearest of {self.prepared.vocab_size:,} tokens: {done / total:.0%}")
@@ -239,15 +240,14 @@ class Trainer:
         memory = self.node_zero.memory
         memory.doubles(memory.regions.rates, len(rates))[:] = rates
         self.node_zero.give(M.STEPS, first, until + 1)
+        self._stepping = True
         if self.wishes.number or self.control.wish:  # it came before the command, which took it back
             self._pause()
         while not self.node_zero.finished():
             self.node_zero.wait_for_bell()
             self._watch()
-            if self.wishes.number:
-                self._say_stopping()
-                if time.monotonic() - self.wishes.at > STEP_ENDS_WITHIN_S:
-                    self._drop_step()
+            self._look()
+        self._stepping = False
         self._watch()
         if self.node_zero.halt == M.HALT_NONFINITE:
             raise NonFinite(explain_nonfinite(self.node_zero.memory, self.layout, self.step + 1))
@@ -301,12 +301,10 @@ class Trainer:
             self.node_zero.check()
             if record := self.sampler.sample(self.step):
                 self.metrics.write(record)
-            if self.wishes.number:
-                self._stop()
+            self._look()
         while not self.windows.ready:  # counting a large training part takes longer than the first evaluation
             self.node_zero.wait_for_bell()
-            if self.wishes.number:
-                self._stop()
+            self._look()
         losses = memory.doubles(memory.regions.window_losses, count)
         result = self.windows.evaluation(losses)
         self.metrics.write({
@@ -380,7 +378,7 @@ class Trainer:
             wish.answer(error=str(error))
             return
         except BaseException:
-            wish.answer(error="The run failed meanwhile.")
+            wish.answer(error="The run ended meanwhile.")
             raise
         if workers == before:
             wish.answer(message=f"It has {plural(before, 'worker')} already.")
@@ -412,10 +410,17 @@ class Trainer:
         """Called with each loss of a worker and each recovery."""
         self.metrics.event(event, message, self.step, **facts)
 
-    def _leave_early(self) -> None:
-        """Called while the spheres start: there is nothing to save yet."""
-        if self.wishes.number:
+    def _look(self) -> None:
+        """Called about ten times a second wherever the spheres are waited for: heed a signal that has come."""
+        if not self.wishes.number:
+            return
+        if not self._started:  # there is nothing to save yet
             raise Interrupted(f"Stopped by {self.wishes.name} while starting.", self.wishes.number)
+        if not self._stepping:
+            self._stop()
+        self._say_stopping()
+        if time.monotonic() - self.wishes.at > STEP_ENDS_WITHIN_S:
+            self._drop_step()
 
     def _stop(self) -> None:
         """Save the last whole step and leave. The workers are idle, or ended here where they are evaluating."""
@@ -432,7 +437,8 @@ class Trainer:
         """Give up a step that does not end in time, before its update; a resume computes it again exactly."""
         if not self.node_zero.close_gate():
             # An update is being applied, which is quick: it is whole before we look again, unless a worker is stopped.
-            if time.monotonic() - self.wishes.at > UPDATE_ENDS_WITHIN_S:
+            # Where one has died in it, another finishes it first.
+            if time.monotonic() - max(self.wishes.at, self.node_zero.recovered_at) > UPDATE_ENDS_WITHIN_S:
                 raise Interrupted(
                     f"Stopped by {self.wishes.name} inside the update of step {self.step + 1}, which did not end: it is"
                     " not saved, the last checkpoint is.", self.wishes.number,

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ import pytest
 from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Shape
-from cllm_spheres.spheres import crew, node_zero, silence
+from cllm_spheres.spheres import crew, node_zero, serving, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from tests.runs import WAIT_S, Family, finished, start, train_whole, wait_for_step, wait_until
+from tests.spheres import stopping_server
 
 SMALL = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 WIDE = Shape(vocab_size=257, block_size=64, layers=4, heads=4, width=256, ff_width=1024)  # steps that take a while
@@ -168,6 +170,23 @@ def test_a_death_during_the_recovery_is_recovered_too(run, undisturbed, monkeypa
     assert one.result() == undisturbed(1000)
 
 
+def test_a_worker_that_is_stopped_right_after_its_fork_is_ended_and_replaced(run, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "MODULE", stopping_server.__name__)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv(stopping_server.FILE, str(tmp_path / "stop"))
+    one = run(3)
+    one.begin(1000)
+    server = one.node.server_pid
+    monkeypatch.setattr(node_zero, "READY_WITHIN_S", 2.0)
+    (tmp_path / "stop").touch()
+    one.kill(1)
+    one.disturbed(lambda: None)
+    (hung,) = one.events("hung")
+    assert "worker 1 (pid " in hung and " while starting, step " in hung
+    assert len(one.events("lost")) == 2 and one.node.server_pid == server  # the others need not be started again
+    assert one.result() == undisturbed(1000)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_server_that_ends_or_hangs_while_it_starts_is_replaced(run, undisturbed, monkeypatch, number):
     monkeypatch.setattr(node_zero, "COMPILED_WITHIN_S", 3.0)
@@ -175,7 +194,7 @@ def test_a_server_that_ends_or_hangs_while_it_starts_is_replaced(run, undisturbe
 
     def spawn_and_hurt(one, workers):
         spawn(one, workers)
-        servers.append(one.server.process.pid)
+        servers.append(one.server.pid)
         if len(servers) == 1:
             os.kill(servers[0], number)
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 
@@ -33,6 +35,7 @@ from tests.runs import (
     wait_until,
     words,
 )
+from tests.spheres import stopping_server
 
 # Thousands of steps a second, so that it goes on until something happens to it.
 ENDLESS = dict(steps=10_000_000, eval_every=10_000_000, save_every=500, eval_tokens=64)
@@ -54,6 +57,29 @@ def going(corpus, tmp_path):
     yield begin_run
     for family in families:
         family.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_although_a_replacement_is_stopped_right_after_its_fork(going, monkeypatch, tmp_path, number):
+    site = "from cllm_spheres.spheres import serving\nserving.MODULE = 'tests.spheres.stopping_server'\n"
+    (tmp_path / "sitecustomize.py").write_text(site)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv(stopping_server.FILE, str(tmp_path / "stop"))
+    launch, family = going()
+    before = family.server.children()
+    (tmp_path / "stop").touch()
+    family.workers[1].kill()
+    stopped = lambda: [c for c in family.server.children() if c.status() == psutil.STATUS_STOPPED]  # noqa: E731
+    (replacement,) = wait_until(stopped, "a replacement that is stopped")
+    assert replacement not in before
+    family.node_zero.send_signal(number)
+    outcome = finished(launch)
+    time.sleep(1)  # the promise is: one second later
+    assert family.alive == [] and not lives(replacement)
+    if number == signal.SIGTERM:
+        last = outcome.of("step")[-1]["step"]
+        assert outcome.code == 143 and f"Stopped by SIGTERM. Saved step {last}." in outcome.message
+        assert Store(outcome.run).steps()[-1] == last
 
 
 def last_event(run):
@@ -92,11 +118,20 @@ def test_nothing_survives_node_zero(going):
     assert resume(outcome.run, stop_at=saved + 2).code == 0
 
 
-def test_a_server_stopped_before_python_has_started_in_it_ends_with_node_zero():
-    code = "import os, signal; from cllm_spheres.spheres.serving import start_server; pid = start_server().process.pid;"
-    code += " os.kill(pid, signal.SIGSTOP); print(pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=WAIT_S)
-    server = int(done.stdout)
+STARTS_ONE_THAT_IS_STOPPED_AND_DIES = """
+import os, signal
+from cllm_spheres.spheres import group
+group.die_with = lambda parent: os.kill(os.getpid(), signal.SIGSTOP)  # before it asks to die with us
+pid = group.ProcessGroup(["/bin/sleep", "100"], [], {}).pid
+os.waitid(os.P_PID, pid, os.WSTOPPED)
+print(pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_child_that_is_stopped_right_after_its_fork_ends_with_its_parent():
+    command = [sys.executable, "-c", STARTS_ONE_THAT_IS_STOPPED_AND_DIES]
+    server = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=WAIT_S).stdout)
     wait_until(lambda: not psutil.pid_exists(server) or not lives(psutil.Process(server)), "the server's end", 1.0)
 
 
@@ -228,14 +263,15 @@ def test_time_in_which_node_zero_did_not_run_does_not_count(node, monkeypatch):
 
 def test_a_server_is_not_ended_because_its_kernels_took_long_to_compile(monkeypatch):
     killed = []
-    crew = SimpleNamespace(
-        warm_since=None, server=SimpleNamespace(process=SimpleNamespace(kill=lambda: killed.append(now)))
+    group = SimpleNamespace(signal=lambda number: killed.append(now))
+    crew = SimpleNamespace(warm_since=None, server=SimpleNamespace(group=group))
+    node = SimpleNamespace(
+        crew=crew, pids={}, memory=SimpleNamespace(worker_words=lambda: np.zeros((1, M.WORKER_WORDS)))
     )
-    node = SimpleNamespace(crew=crew)
     for now, warm_since, ended in ((99, None, False), (100, 99, False), (158, 99, False), (160, 99, True)):
         monkeypatch.setattr(node_zero.time, "monotonic", lambda now=now: now)
         crew.warm_since = warm_since
-        assert NodeZero._end_slow_server(node, 1.0) == (now if ended else 1.0) and bool(killed) is ended
+        assert NodeZero._end_who_does_not_start(node, 1.0) == (now if ended else 1.0) and bool(killed) is ended
     now, crew.warm_since = 1000, None
     monkeypatch.setattr(node_zero.time, "monotonic", lambda: now)
-    assert NodeZero._end_slow_server(node, 1.0) == 1000 and len(killed) == 2
+    assert NodeZero._end_who_does_not_start(node, 1.0) == 1000 and len(killed) == 2

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +10,9 @@ import pytest
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres import serving
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
-from cllm_spheres.spheres.serving import Server, clean_environment
 from cllm_spheres.training.metrics import Metrics
 from tests.spheres import packed_server
 
@@ -28,22 +24,17 @@ WINDOWS = 3
 def node(corpus, monkeypatch):
     """node(workers, dtype): Node Zero with its spheres started, whose server knows the dtype "doubled"."""
     monkeypatch.setattr(dtypes, "packed_sizes", packed_server.packed_sizes)
+    monkeypatch.setattr(serving, "MODULE", packed_server.__name__)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = []
 
     def make(workers, dtype="doubled"):
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.spheres.packed_server", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()], env=clean_environment() | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        theirs.close()
         job = Job(
             shape=packed_server.SHAPE, batch_size=7, spheres=7, workers=workers, seed=1, dtype=dtype,
             train=str(corpus / "train.bin"), val=str(corpus / "val.bin"), item_bytes=2, train_tokens=4000,
             val_tokens=400, num_windows=WINDOWS,
         )  # fmt: skip
-        one = NodeZero(job, server=Server(process, ours))
+        one = NodeZero(job)
         made.append(one)
         one.start()
         memory = one.memory
