@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from cllm_spheres.errors import RunFailed
 from cllm_spheres.events import LONGEST_LINE, dumps, event
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
+from cllm_spheres.training.footprint import Footprint
 
 TELLS_AGAIN_S = 10.0  # that the disk refuses, and twice as long after each time
 MOST_WAITING = 64_000_000  # bytes that may wait for a disk to take them again: hours of most runs
@@ -142,18 +144,16 @@ class SphereSampler:
         self._node_zero = node_zero
         self._interval_s = interval_s
         self._time = time.monotonic()
+        self._footprint = Footprint()
         self._find_processes()
         self._before = node_zero.statistics()
 
     def _find_processes(self) -> None:
         self._pids = self._node_zero.pids
-        self._processes = {}
-        for worker, pid in self._pids.items():
+        self._all = []
+        for pid in (os.getpid(), self._node_zero.server_pid, *self._pids.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._processes[worker] = psutil.Process(pid)
-        self._all = [*self._processes.values(), psutil.Process()]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._all.append(psutil.Process(self._node_zero.server_pid))
+                self._all.append(psutil.Process(pid))
         self._cpu_s = self._cpu_seconds()
 
     def _cpu_seconds(self) -> float:
@@ -165,13 +165,6 @@ class SphereSampler:
             except psutil.Error:
                 pass  # it has just ended
         return total
-
-    def _memory(self, process: psutil.Process) -> int:
-        try:
-            info = process.memory_info()
-            return int(info.rss - info.shared)
-        except psutil.Error:
-            return 0
 
     def sample(self, step: int) -> dict[str, Any] | None:
         """A record of kind "spheres", or None where the last one is younger than the interval."""
@@ -187,7 +180,9 @@ class SphereSampler:
         busy = spent[:, [M.W_PACK_NS, M.W_COMPUTE_NS, M.W_GATHER_NS, M.W_UPDATE_NS]].sum(axis=1)
         waited = spent[:, M.W_WAIT_NS]
         share = np.where(busy + waited > 0, waited / np.maximum(busy + waited, 1), 0.0)
-        own = {worker: self._memory(process) for worker, process in self._processes.items()}
+        taken = self._footprint.update(process.pid for process in self._all)
+        shared = os.fstat(self._node_zero.memory.descriptor).st_blocks * 512
+        own = {worker: taken.get(pid, 0) for worker, pid in self._pids.items()}
         worker = [sphere % job.workers for sphere in range(job.spheres)]
         tokens = (after["spheres"] - before["spheres"])[:, M.P_TOKENS]
         segment = self._node_zero.memory.regions.stride
@@ -198,7 +193,7 @@ class SphereSampler:
             "state": [M.STATES[int(after["workers"][w, M.W_STATE])] for w in worker],
             "memory": [segment + own.get(w, 0) // max(1, -(-(job.spheres - w) // job.workers)) for w in worker],
             "cpu_percent": round(100 * (cpu_s - self._cpu_s) / passed, 1),
-            "memory_bytes": self._node_zero.memory.regions.total + sum(map(self._memory, self._all)),
+            "memory_bytes": shared + sum(taken.values()),
         }  # fmt: skip
         self._time, self._cpu_s, self._before = now, cpu_s, after
         return record

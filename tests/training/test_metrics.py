@@ -8,11 +8,13 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.events import EVENTS, read
 from cllm_spheres.text.prepared import Prepared
+from cllm_spheres.training import footprint as footprint_module
 from cllm_spheres.training import metrics as metrics_module
 from cllm_spheres.training.metrics import Metrics
 from tests.runs import Family, finished, start, wait_until
@@ -38,13 +40,17 @@ def outcome(corpus, tmp_path_factory):
     began = time.time()
     options = dict(layers=2, width=64, ff_width=256, block_size=32, batch_size=7, steps=10_000, eval_every=50)
     launch = start(corpus, run, **options, save_every=100_000, eval_tokens=2000)
-    Family.of(os.getpid(), 2)
+    family = Family.of(os.getpid(), 2)
     for kind in ("spheres", "eval"):
         wait_until(lambda kind=kind: sum(r["kind"] == kind for r in read(run / "metrics.jsonl")) >= 2, f"two {kind}")
+    taken = sum(
+        psutil.Process(p.pid).memory_full_info().pss for p in (family.node_zero, family.server, *family.workers)
+    )
     launch.pass_on(signal.SIGTERM)
     result = finished(launch)
     assert result.code == 143, result.message
     object.__setattr__(result, "began", began)
+    object.__setattr__(result, "taken", taken)
     return result
 
 
@@ -106,6 +112,30 @@ def test_a_sample_of_the_spheres_has_a_value_for_each(outcome):
         assert all(0 <= value <= 1 for value in record["waiting"])
         assert all(isinstance(value, str) for value in record["state"])
         assert all(0 < value < record["memory_bytes"] for value in record["memory"])
+
+
+def test_memory_is_what_the_run_takes_and_counts_what_its_processes_share_once(outcome):
+    # The kernel's own share of each page for each process, within a quarter: pages of files are left out, and the
+    # processes are looked at in turn.
+    assert outcome.of("spheres")[-1]["memory_bytes"] == pytest.approx(outcome.taken, rel=0.25)
+
+
+def test_processes_are_looked_at_in_turn_and_others_are_taken_for_typical(monkeypatch):
+    looked = []
+
+    def own_bytes(pid):
+        looked.append(pid)
+        if pid == 4:
+            raise ProcessLookupError
+        return 1000 * pid
+
+    monkeypatch.setattr(footprint_module, "own_bytes", own_bytes)
+    footprint = footprint_module.Footprint()
+    assert footprint.update([1, 2, 3, 4, 5]) == {1: 1000, 2: 2000, 3: 3000, 4: 2000, 5: 2000}
+    assert footprint.update([1, 2, 3, 4, 5])[4] == 2000  # it has just ended
+    assert footprint.update([1, 2, 3, 5])[5] == 5000
+    assert footprint.update([1, 3, 5, 6]) == {1: 1000, 3: 3000, 5: 5000, 6: 6000}
+    assert footprint.update([1, 3, 5, 6]) and looked == [1, 2, 3, 4, 5, 6, 1]
 
 
 def test_events_tell_the_story_of_the_run(outcome):
