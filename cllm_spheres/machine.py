@@ -138,6 +138,14 @@ def _statistic(path: Path, name: str) -> int | None:
     return None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP or a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def memory_limit() -> int | None:
     """Bytes that the tightest control group allows; None without one."""
     limits = [_number(f / name) for f in _cgroup_folders("memory") for name in ("memory.max", "memory.limit_in_bytes")]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import SphereLost
-from cllm_spheres.machine import usable_cores
+from cllm_spheres.machine import is_stopped, usable_cores
 from cllm_spheres.spheres import atomics
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.crew import LEAVES_WITHIN_S, Crew
@@ -33,6 +33,7 @@ from cllm_spheres.units import plural
 
 NEVER = 1 << 62  # more barriers than are ever passed
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
+STOPPED_S = 5.0  # what does not start because somebody has stopped it is not waited for any longer
 READY_WITHIN_S = 60.0  # workers that are asked for, 63 of them in 0.7 s
 COMPILED_WITHIN_S = 600.0  # the kernels, in 14 s; on a slow machine in a minute or two
 
@@ -88,20 +89,23 @@ class NodeZero:
         """Where workers that were asked for are not ready in time they hang, or the server does. They are ended, which
         is noticed like any other end, and others are tried. Returns since when workers are waited for.
 
-        The time that the kernels took to compile does not count as waiting for the workers.
+        The time that the kernels took to compile does not count as waiting for the workers. Who is stopped is not
+        waited for so long.
         """
         now, warm_since = time.monotonic(), self.crew.warm_since
-        latest = asked + COMPILED_WITHIN_S if warm_since is None else max(asked, warm_since) + READY_WITHIN_S
-        if now <= latest:
+        late = now > (asked + COMPILED_WITHIN_S if warm_since is None else max(asked, warm_since) + READY_WITHIN_S)
+        if not late and now <= asked + STOPPED_S:
             return asked
         ready = self.memory.worker_words()[:, M.W_READY]
-        hanging = [worker for worker in self.pids if not ready[worker]]
+        starting = {worker: pid for worker, pid in self.pids.items() if not ready[worker]}
+        hanging = [worker for worker, pid in starting.items() if late or is_stopped(pid)]
         for worker in hanging:
             self._tell_hung(worker, now - asked)
             self.crew.kill_worker(worker)
-        if not hanging:
+        if not starting and (late or is_stopped(self.server_pid)):
             self.crew.server.group.signal(signal.SIGKILL)
-        return now
+            return now
+        return now if hanging else asked
 
     def close(self) -> None:
         """End every worker and the server; nothing of the run is left when this returns."""
@@ -117,6 +121,12 @@ class NodeZero:
         self._claims.keep([])
         if hasattr(self, "crew"):
             self.crew.kill()
+
+    def signal(self, number: int) -> None:
+        """Send the server and all workers a signal; any thread may."""
+        server = self.crew.server if hasattr(self, "crew") else self._server_given
+        if server:
+            server.group.signal(number)
 
     # ---- commands
 

@@ -24,7 +24,7 @@ from cllm_spheres.config import DEFAULT_PRESET, PRESETS
 from cllm_spheres.errors import InputError
 from cllm_spheres.limits import check_address_space, check_file_size, raised_files
 from cllm_spheres.spheres.serving import clean_environment
-from cllm_spheres.training.signals import STOP_SIGNALS
+from cllm_spheres.training.signals import HEEDED, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from cllm_spheres.training.folder import Plan
@@ -52,11 +52,11 @@ class Launch:
         self._outcome: dict[str, Any] | None = None
         self._errors: deque[str] = deque(maxlen=40)
         # Blocked here, the signals are blocked in the child from its first instruction on.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
         try:
             with raised_files():
                 self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "cllm_spheres.training.process", *_likely(options)],
+                    [sys.executable, "-P", "-m", "cllm_spheres.training.process", str(os.getpid()), *_likely(options)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
                 )  # fmt: skip
         except OSError as error:
@@ -89,7 +89,7 @@ class Launch:
         order = {
             "run": str(self.run), "folder": self.folder.identity, "data": str(plan.prepared.folder),
             "changes": plan.changes, "resume": plan.resume,
-            "exact": plan.exact, "stop_at": plan.stop_at, "launcher": os.getpid(),
+            "exact": plan.exact, "stop_at": plan.stop_at,
             "profile": plan.profile, "faults": plan.faults, "notes": plan.notes,
         }  # fmt: skip
         assert self.process.stdin is not None

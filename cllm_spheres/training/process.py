@@ -1,7 +1,7 @@
-"""Node Zero's process: `python -m cllm_spheres.training.process [DTYPE WIDTH]`, launched by `launch.py`.
+"""Node Zero's process: `python -m cllm_spheres.training.process LAUNCHER_PID [DTYPE WIDTH]`, launched by `launch.py`.
 
-It reads one JSON line from standard input, and keeps that open: its end means that the launcher died. It writes
-JSON lines to standard output: {"status": text} while it starts, {"outcome": {...}} at the end.
+It reads one JSON line from standard input, and watches the launcher, whose end ends the run too. It writes JSON lines
+to standard output: {"status": text} while it starts, {"outcome": {...}} at the end.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import FolderGone, InputError, Interrupted, NonFinite, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
+from cllm_spheres.training.signals import Launcher
 from cllm_spheres.units import plural
 
 if TYPE_CHECKING:
@@ -33,12 +35,14 @@ def say(**message: Any) -> None:
         pass  # the launcher is gone; the run's folder holds everything
 
 
-def run_training(server: Server) -> dict[str, Any]:
+def run_training(server: Server, launcher: Launcher) -> dict[str, Any]:
     """Train as ordered; the outcome: exit code and message."""
     from cllm_spheres.checkpoint.held import Held
     from cllm_spheres.checkpoint.lock import lock
 
-    line = sys.stdin.buffer.readline()
+    # The end of the input alone would not do: whom the launcher has forked meanwhile may hold it open.
+    ready, _, _ = select.select([sys.stdin, launcher.handle], [], [])
+    line = sys.stdin.buffer.readline() if sys.stdin in ready else b""
     if not line:
         return {"code": 0, "message": "There was nothing to do."}
     order = json.loads(line)
@@ -47,13 +51,13 @@ def run_training(server: Server) -> dict[str, Any]:
         if run.identity != order["folder"]:
             raise InputError(f"{run.name} is another folder now than the one that was made for this run.")
         with lock(run.path):
-            outcome = _train(run, order, server)
+            outcome = _train(run, order, server, launcher)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
     return outcome | {"message": run.said(outcome["message"])}
 
 
-def _train(run: Held, order: dict[str, Any], server: Server) -> dict[str, Any]:
+def _train(run: Held, order: dict[str, Any], server: Server, launcher: Launcher) -> dict[str, Any]:
     """Train in the folder, which is locked."""
     from cllm_spheres.config import build
     from cllm_spheres.text.prepared import Prepared
@@ -70,7 +74,7 @@ def _train(run: Held, order: dict[str, Any], server: Server) -> dict[str, Any]:
     )
     source = None if checkpoint else beginning(run.path, config, where)
     trainer = Trainer(
-        run, config, prepared, source=source, stop_at=order["stop_at"], launcher=order["launcher"],
+        run, config, prepared, source=source, stop_at=order["stop_at"], launcher=launcher,
         profile=order["profile"], faults=order["faults"], notes=order["notes"],
         status=lambda text: say(status=run.said(text)), server=server,
     )  # fmt: skip
@@ -126,9 +130,12 @@ def _outcome(trainer: Trainer, checkpoint: Checkpoint | None, exact: bool) -> di
 
 def main() -> None:
     """Obey the order on standard input."""
-    server = start_server(*sys.argv[1:3])  # it warms up while this process still imports, and waits for its order
+    launcher = Launcher.watched(int(sys.argv[1]))
+    if launcher is None:
+        return
+    server = start_server(*sys.argv[2:4])  # it warms up while this process still imports, and waits for its order
     try:
-        outcome = run_training(server)
+        outcome = run_training(server, launcher)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}
     except BaseException:

@@ -26,7 +26,7 @@ from cllm_spheres.units import size
 # that it holds; while it chooses cores it holds all that are usable for a moment. The server: 5 and one a worker.
 # The rest of the 40 is head-room for a checkpoint being written and for a second server after a loss.
 FILES = 40
-# Processes and threads besides the workers: Node Zero's 6, the server, one that compiles beside it, the command's 4.
+# Processes and threads besides the workers: Node Zero's 7, the server, one that compiles beside it, the command's 4.
 TASKS = 14
 SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most
 

@@ -36,7 +36,7 @@ from cllm_spheres.training.nonfinite import explain_evaluation, explain_nonfinit
 from cllm_spheres.training.plan import make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
-from cllm_spheres.training.signals import Wishes
+from cllm_spheres.training.signals import Launcher, Wishes
 from cllm_spheres.training.soft_targets import table_bytes
 from cllm_spheres.training.start import check_workers
 from cllm_spheres.units import duration, percent, plural
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(
         self, run: Held, config: Config, prepared: Prepared, *, source: Source | None, stop_at: int | None,
-        launcher: int, profile: bool, faults: list[str], notes: list[str], status: Callable[[str], None],
+        launcher: Launcher, profile: bool, faults: list[str], notes: list[str], status: Callable[[str], None],
         server: Server | None = None,
     ) -> None:  # fmt: skip
         """source: the model to begin from. notes: sentences on what will make the run slow here, to be told."""
@@ -68,7 +68,9 @@ class Trainer:
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(self.run / "metrics.jsonl", status=status, said=run.said)
-        job = replace(job, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)])
+        job = replace(
+            job, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)]
+        )
         self.profiled: int | None = None  # the step that is traced
         if profile:
             job = replace(job, trace_marks=marks_needed(job))
@@ -78,7 +80,7 @@ class Trainer:
         self._asked = False  # another process has asked for the end
         self._begins_trained = source is not None  # step 0 may be the best then
         self._began = time.monotonic()
-        self.wishes = Wishes(launcher, self._pause)
+        self.wishes = Wishes(launcher, self._pause, self.node_zero.signal)
         self.control = Control(self.run, self._pause)
 
     @property

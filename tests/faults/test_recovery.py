@@ -177,7 +177,7 @@ def test_a_worker_that_is_stopped_right_after_its_fork_is_ended_and_replaced(run
     one = run(3)
     one.begin(1000)
     server = one.node.server_pid
-    monkeypatch.setattr(node_zero, "READY_WITHIN_S", 2.0)
+    monkeypatch.setattr(node_zero, "STOPPED_S", 0.5)
     (tmp_path / "stop").touch()
     one.kill(1)
     one.disturbed(lambda: None)

@@ -22,10 +22,8 @@ from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from tests.runs import (
-    TINY,
     WAIT_S,
     Family,
-    begin,
     finished,
     lives,
     resume,
@@ -33,7 +31,6 @@ from tests.runs import (
     start,
     wait_for_step,
     wait_until,
-    words,
 )
 from tests.spheres import stopping_server
 
@@ -82,24 +79,43 @@ def test_a_run_ends_although_a_replacement_is_stopped_right_after_its_fork(going
         assert Store(outcome.run).steps()[-1] == last
 
 
+def last_step(run):
+    return [record for record in read(run / "metrics.jsonl") if record["kind"] == "step"][-1]["step"]
+
+
 def last_event(run):
     return [record for record in read(run / "metrics.jsonl") if record["kind"] == "event"][-1]
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGBUS"])
-def test_each_loss_of_a_worker_is_told_with_spheres_signal_and_step(going, name):
+def test_each_loss_of_a_worker_is_told_with_spheres_signal_and_step(going):
     launch, family = going()
-    family.workers[1].send_signal(signal.Signals[name])
-    events = lambda: [r["event"] for r in read(launch.plan.run / "metrics.jsonl") if r["kind"] == "event"]  # noqa: E731
-    wait_until(lambda: "recovered" in events(), "the recovery")
+    run = launch.plan.run
+    told = lambda name: [r for r in read(run / "metrics.jsonl") if r.get("event") == name]  # noqa: E731
+    victim = family.workers[1].pid
+    for count, number in enumerate((signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS), 1):
+        os.kill(victim, number)
+        wait_until(lambda count=count: len(told("recovered")) == count, "the recovery")
+        lost = told("lost")[-1]["message"]
+        assert lost.startswith(
+            f"Spheres 1, 3 of worker 1 (pid {victim}) ended by signal {int(number)} ({number.name}) while "
+        )
+        assert "memory" not in lost and told("recovered")[-1]["workers"] == [1]
+        (victim,) = {child.pid for child in family.server.children()} - {family.workers[0].pid}
     family.node_zero.send_signal(signal.SIGTERM)
-    outcome = finished(launch)
-    assert outcome.code == 128 + signal.SIGTERM and family.alive == []
-    number = int(signal.Signals[name])
-    told = f"Spheres 1, 3 of worker 1 (pid {family.workers[1].pid}) ended by signal {number} ({name}) while "
-    assert outcome.event("lost")["message"].startswith(told)
-    assert "memory" not in outcome.event("lost")["message"]
-    assert outcome.event("recovered")["workers"] == [1]
+    assert finished(launch).code == 128 + signal.SIGTERM and family.alive == []
+
+
+def test_ctrl_z_stops_all_of_a_run_until_it_is_continued(going):
+    launch, family = going()
+    everybody = [family.node_zero, family.server, *family.workers]
+    all_stopped = lambda: {p.status() for p in everybody} == {psutil.STATUS_STOPPED}  # noqa: E731
+    os.kill(family.node_zero.pid, signal.SIGTSTP)
+    wait_until(all_stopped, "all are stopped")
+    done = last_step(launch.plan.run)
+    os.kill(family.node_zero.pid, signal.SIGCONT)
+    wait_for_step(launch.plan.run, done + 100)
+    launch.pass_on(signal.SIGTERM)
+    assert finished(launch).code == 143 and family.alive == []
 
 
 def test_nothing_survives_node_zero(going):
@@ -146,20 +162,36 @@ def test_63_workers_start_and_none_survives_node_zero(going):
     assert family.alive == []
 
 
-def test_a_run_whose_launcher_is_killed_saves_and_ends(corpus, tmp_path):
+LAUNCHES_AND_FORKS = """
+import os, sys, time
+from pathlib import Path
+from tests.runs import start
+from tests.spheres.test_lifecycle import ENDLESS
+launch = start(Path(sys.argv[1]), Path(sys.argv[2]), **ENDLESS)
+if child := os.fork():
+    print(child, flush=True)
+    launch.finish()
+time.sleep(100)
+"""
+
+
+def test_a_run_whose_launcher_is_killed_saves_and_ends_although_a_child_of_it_lives(corpus, tmp_path):
     run = tmp_path / "run"
-    command = begin("train", corpus, "--run", run, "--plain", *words(TINY | ENDLESS))
+    command = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES_AND_FORKS, corpus, run], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
+    )
+    child = int(command.stdout.readline())  # it holds all pipes of the launcher
     family = Family.of(command.pid, 2)
     try:
         wait_for_step(run, 50)
         command.kill()
-        command.communicate()
+        command.wait()
         wait_until(lambda: family.alive == [], "the run's end")
         end = last_event(run)
         assert (end["event"], end["reason"]) == ("end", "signal")
-        steps = [record["step"] for record in read(run / "metrics.jsonl") if record["kind"] == "step"]
-        assert Store(run).steps()[-1] == steps[-1] == end["step"]
+        assert Store(run).steps()[-1] == last_step(run) == end["step"]
     finally:
+        os.kill(child, signal.SIGKILL)
         family.end()
 
 
@@ -265,9 +297,8 @@ def test_a_server_is_not_ended_because_its_kernels_took_long_to_compile(monkeypa
     killed = []
     group = SimpleNamespace(signal=lambda number: killed.append(now))
     crew = SimpleNamespace(warm_since=None, server=SimpleNamespace(group=group))
-    node = SimpleNamespace(
-        crew=crew, pids={}, memory=SimpleNamespace(worker_words=lambda: np.zeros((1, M.WORKER_WORDS)))
-    )
+    memory = SimpleNamespace(worker_words=lambda: np.zeros((1, M.WORKER_WORDS)))
+    node = SimpleNamespace(crew=crew, pids={}, memory=memory, server_pid=os.getpid())
     for now, warm_since, ended in ((99, None, False), (100, 99, False), (158, 99, False), (160, 99, True)):
         monkeypatch.setattr(node_zero.time, "monotonic", lambda now=now: now)
         crew.warm_since = warm_since
