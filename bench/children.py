@@ -74,7 +74,7 @@ def pss_bytes(process: psutil.Process) -> dict[str, int]:
 
 
 def _module(process: psutil.Process) -> str:
-    """The module or script that a Python process runs, else its program."""
+    """The module or script that a Python process runs, the title that it shows, else its program."""
     try:
         words = process.cmdline()
     except psutil.Error:

@@ -222,7 +222,7 @@ class Family:
                 for node_zero in psutil.Process(launcher).children():
                     for server in node_zero.children():
                         workers = server.children()
-                        if "training.process" in " ".join(node_zero.cmdline()) and len(workers) == num_workers:
+                        if "node zero" in " ".join(node_zero.cmdline()) and len(workers) == num_workers:
                             return cls(node_zero, server, workers)
             except psutil.NoSuchProcess:
                 pass

@@ -361,7 +361,7 @@ def test_nothing_is_left_running(run):
     import psutil
 
     names = [" ".join(child.cmdline()) for child in psutil.Process(os.getpid()).children(recursive=True)]
-    assert not any("cllm_spheres" in name for name in names)
+    assert not any("cllm" in name for name in names)
 
 
 def test_records_without_a_step_are_left_out_of_the_metrics(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top: a module imports from lower levels, and from its own folder.
 LEVELS = [
-    {"caches", "errors", "config", "events", "faults", "limits", "machine", "units"},
+    {"caches", "errors", "config", "events", "faults", "limits", "machine", "title", "units"},
     {"crystal", "text"},
     {"kernels"},
     {"model"},

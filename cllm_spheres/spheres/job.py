@@ -39,6 +39,7 @@ class Job:
     neighbours: int = 0  # of a token in the table of soft targets; 0: they are uniform over the vocabulary
     trains: bool = True  # else it evaluates the windows of `val`, and holds nothing but weights
     trace_marks: int = 0  # room for the trace of a step, for each worker
+    run: str = ""  # the run's name, for those who look at the processes
     faults: list[tuple[str, int, int, str]] = field(default_factory=list)  # those of a faults.Fault each
     cores: list[int] = field(default_factory=list)  # one for each worker, or empty: not pinned
 

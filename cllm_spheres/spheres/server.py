@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cllm_spheres.title import set_title
+
 PACKET_BYTES = 1 << 16
 # What a second process compiles; it leaves the telling to the server.
 ENGINE = "from cllm_spheres.crystal import jit; jit.announce = lambda text: None; import cllm_spheres.spheres.engine"
@@ -106,6 +108,7 @@ class Server:
         if "spawn" in message:
             self.warm(message["job"]["dtype"])
             self.say(warm=message["job"]["dtype"])
+            set_title("server", message["job"]["run"])
             for worker in message["spawn"]:
                 self.fork(worker, message["job"], descriptors[0])
             os.close(descriptors[0])
@@ -121,6 +124,7 @@ class Server:
                 for pidfd in self.workers:
                     os.close(pidfd)
                 die_with(server)
+                set_title(f"worker {worker} of {job['workers']}", job["run"])
                 from cllm_spheres.spheres import worker as module
                 from cllm_spheres.spheres.job import Job
 
@@ -142,6 +146,7 @@ def main() -> None:
     """The server's process."""
     die_with(int(sys.argv[2]))
     ignore_signals()
+    set_title("server")
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
         if sys.argv[3:]:

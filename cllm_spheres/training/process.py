@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm_spheres.errors import FolderGone, InputError, Interrupted, NonFinite, RunFailed, SpheresError
 from cllm_spheres.spheres.serving import Server, start_server
+from cllm_spheres.title import set_title
 from cllm_spheres.training.signals import Launcher
 from cllm_spheres.units import plural
 
@@ -46,6 +47,7 @@ def run_training(server: Server, launcher: Launcher) -> dict[str, Any]:
     if not line:
         return {"code": 0, "message": "There was nothing to do."}
     order = json.loads(line)
+    set_title("node zero", Path(order["run"]).name)
     run = Held(Path(order["run"]))  # whatever its name becomes, this run writes into this folder and no other
     try:
         if run.identity != order["folder"]:
@@ -133,6 +135,7 @@ def main() -> None:
     launcher = Launcher.watched(int(sys.argv[1]))
     if launcher is None:
         return
+    set_title("node zero")
     server = start_server(*sys.argv[2:4])  # it warms up while this process still imports, and waits for its order
     try:
         outcome = run_training(server, launcher)

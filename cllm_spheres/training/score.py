@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,7 @@ def score(
         sliding = Sliding.about(_tokens_of_an_evaluation(run), predictable, length, stride)
     predicted = sliding.scored
     job = _job(shape, text, min(wanted, sliding.count), min(sliding.count, MOST_WINDOWS), chosen)
+    job = replace(job, run=Path(run).name)
     baselines = _Counting(text, sliding, shape.vocab_size)
     loss, correct, seconds = _scored(job, saved, sliding, progress, tell)
     if not math.isfinite(loss):

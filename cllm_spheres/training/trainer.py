@@ -69,7 +69,7 @@ class Trainer:
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(self.run / "metrics.jsonl", status=status, said=run.said)
         job = replace(
-            job, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)]
+            job, run=run.name.name, faults=[astuple(fault) for fault in parse(faults, job.spheres, self.steps)]
         )
         self.profiled: int | None = None  # the step that is traced
         if profile:
