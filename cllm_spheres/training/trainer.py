@@ -82,6 +82,9 @@ class Trainer:
         self._began = time.monotonic()
         self.wishes = Wishes(launcher, self._pause, self.node_zero.signal)
         self.control = Control(self.run, self._pause)
+        if not self.control.reachable:
+            taken = "Other commands, such as cllm-spheres scale, cannot reach this run: its names are taken."
+            self.notes = [*notes, taken]
 
     @property
     def step(self) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.training import session
-from cllm_spheres.training.control import _address
+from cllm_spheres.training.control import addresses
 from cllm_spheres.training.launch import Launch
 from tests.faults.amounts import amount
 from tests.runs import Outcome, finished, lives, shared_files, start, train_whole, wait_until
@@ -35,7 +35,8 @@ def newest(run: Path) -> int:
 
 def sockets(run: Path) -> bool:
     """Whether somebody listens at the address of the run."""
-    return _address(run)[1:] in Path("/proc/net/unix").read_text()
+    listening = Path("/proc/net/unix").read_text()
+    return any(address[1:] in listening for address in addresses(run))
 
 
 @pytest.mark.slow

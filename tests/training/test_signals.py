@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.errors import Interrupted
 from cllm_spheres.training import session
+from cllm_spheres.training import trainer as trainer_module
 from cllm_spheres.training.launch import Launch
+from cllm_spheres.training.trainer import Trainer
 from tests.runs import (
     TINY,
     WAIT_S,
@@ -117,3 +121,31 @@ def test_a_stop_while_starting_says_that_nothing_was_done(corpus, tmp_path):
     assert "Stopped by SIGTERM" in outcome.message and "Traceback" not in outcome.message
     assert outcome.of("step") == [] or Store(outcome.run).steps()
     assert resume(tmp_path / "run", stop_at=3).code == 0
+
+
+def test_a_signal_is_heeded_at_once_between_steps_and_after_two_seconds_within_one(monkeypatch):
+    calls = []
+    trainer = SimpleNamespace(
+        wishes=SimpleNamespace(number=signal.SIGTERM, at=10.0), _started=True, _stepping=False,
+        _say_stopping=lambda: calls.append("say"), _drop_step=lambda: calls.append("drop"),
+        _stop=lambda: (_ for _ in ()).throw(Interrupted("saved", signal.SIGTERM)),
+    )  # fmt: skip
+    with pytest.raises(Interrupted, match="saved"):  # while workers are replaced or their number changes, too
+        Trainer._look(trainer)
+    trainer._stepping = True
+    for now in (11.9, 12.1):
+        monkeypatch.setattr(trainer_module.time, "monotonic", lambda now=now: now)
+        Trainer._look(trainer)
+    assert calls == ["say", "say", "drop"]
+
+
+def test_an_update_that_a_replacement_finishes_is_waited_for_however_long_ago_the_signal_came(monkeypatch):
+    trainer = SimpleNamespace(
+        node_zero=SimpleNamespace(close_gate=lambda: False, recovered_at=95.0), step=7,
+        wishes=SimpleNamespace(at=10.0, number=signal.SIGTERM, name="SIGTERM"),
+    )  # fmt: skip
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 98.0)
+    Trainer._drop_step(trainer)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 99.5)
+    with pytest.raises(Interrupted, match="inside the update of step 8, which did not end"):
+        Trainer._drop_step(trainer)
