@@ -51,7 +51,8 @@ def cache(
         print(f"There is nothing in {caches.wanted()}.")
         return
     for place in caches.places():
-        table = Table(box=None, pad_edge=False, title=Text(clean(str(place))), title_justify="left")
+        print(clean(str(place)))  # a table would break a long path at the end of the line
+        table = Table(box=None, pad_edge=False)
         for name in ("", "age", "size"):
             table.add_column(name, justify="right" if name else "left", no_wrap=True)
         table.add_column("", overflow="fold")
