@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from cllm_spheres.checkpoint.disk import Disk
+from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.checkpoint.lock import NAME as LOCK
 from cllm_spheres.checkpoint.lock import Lock, is_held, lock
 from cllm_spheres.config import Config
@@ -37,6 +38,7 @@ class NewRun:
         """run: None is a new folder in runs/. progress: told the same as this."""
         self._wanted, self._preset, self._show = run, preset, progress
         self._lock: Lock | None = None
+        self._folder: Held | None = None  # the same, while it is locked: somebody may rename it meanwhile
         self._made: list[Path] = []
         self._filled = False
         self._stage, self._told_at, self._began = "", 0.0, time.monotonic()
@@ -47,16 +49,18 @@ class NewRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._lock is None:
+        if self._lock is None or self._folder is None:
             return
         if not self._filled:
             with contextlib.suppress(OSError):
-                (self.path / METRICS).unlink(missing_ok=True)
+                (self._folder.path / METRICS).unlink(missing_ok=True)
                 if self.path in self._made:
-                    (self.path / LOCK).unlink()
+                    (self._folder.path / LOCK).unlink()
+                    self._made[0] = self._folder.name
         self._lock.release()
         if not self._filled:
             self._remove_made()
+        self._folder.close()
 
     def progress(self, stage: str, done: float, total: float) -> None:
         """How far the preparing of text is: told to whoever looks at the run. InputError where it cannot be made."""
@@ -72,23 +76,23 @@ class NewRun:
     def fill(self, config: Config, prepared: Prepared, origin: Mapping[str, str | None]) -> Path:
         """Write config.toml, and return the folder; origin: as for `write_config`."""
         check_name(prepared.folder)
-        self._make()
+        made = self._make()
         try:
-            write_config(self.path, config, prepared, origin)
+            write_config(made.path, config, prepared, origin)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be made: {error.strerror}. Give another --run.") from None
+            raise InputError(f"{made.name} cannot be made: {error.strerror}. Give another --run.") from None
         self._filled = True
         if self._stage:
             self._tell(f"The text is prepared after {time.monotonic() - self._began:.1f} s.", share=1.0)
-        for folder in {self.path, *(folder.parent for folder in self._made)}:
+        for folder in {made.path, *(folder.parent for folder in self._made)}:
             with contextlib.suppress(OSError):  # one that may not be read cannot be synced
                 Disk().sync_folder(folder)  # or a power cut takes the run away, checkpoints and all
-        return self.path
+        return made.name
 
-    def _make(self) -> None:
-        """Make the folder and lock it. InputError where another process is just making a run there."""
-        if self._lock is not None:
-            return
+    def _make(self) -> Held:
+        """Make the folder, lock and hold it. InputError where another process is just making a run there."""
+        if self._folder is not None:
+            return self._folder
         for path in [self._wanted] if self._wanted else new_names(self._preset):
             self._made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
             try:
@@ -101,7 +105,8 @@ class NewRun:
                 self.path, self._lock = path, lock(path)
                 check_new(path)  # another process may have made a run here just before the lock was taken
                 (path / METRICS).unlink(missing_ok=True)  # of one that died while it prepared its text
-                return
+                self._folder = Held(path)
+                return self._folder
             except (OSError, InputError) as error:
                 if self._lock is not None:
                     if path in self._made:
@@ -113,6 +118,7 @@ class NewRun:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(f"{path} cannot be made: {error.strerror}. Give another --run.") from None
+        raise AssertionError("new_names ends with an error")
 
     def _remove_made(self) -> None:
         for folder in self._made:
@@ -121,7 +127,8 @@ class NewRun:
 
     def _tell(self, message: str, **fields: Any) -> None:
         record = event(PREPARING, message, step=0, time=time.time(), **fields)
-        with contextlib.suppress(OSError), (self.path / METRICS).open("a", encoding="utf-8") as file:
+        assert self._folder is not None
+        with contextlib.suppress(OSError), (self._folder.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(dumps(record) + "\n")  # a full disk: what cannot be told does not stop the work
 
 

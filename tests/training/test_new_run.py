@@ -9,6 +9,7 @@ from cllm_spheres.events import PREPARING, read
 from cllm_spheres.text.prepare import SHARES
 from cllm_spheres.training import new_run, session
 from cllm_spheres.training.control import ask
+from cllm_spheres.training.folder import read_config
 from cllm_spheres.training.new_run import NewRun, preparing
 from cllm_spheres.watch import dashboard
 from cllm_spheres.watch.follow import find_run
@@ -78,6 +79,28 @@ def test_nothing_is_left_of_a_run_that_does_not_come_about(text, tmp_path, monke
     with pytest.raises(error, match="enough"):
         session.new_run(text, OPTIONS, run=tmp_path / "mine", file=None, progress=stop)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_run_that_is_renamed_while_its_text_is_prepared_leaves_its_successor_alone(text, tmp_path, succeeds):
+    run, renamed, successors = tmp_path / "run", tmp_path / "renamed", []
+
+    def rename(stage, done, total):
+        if stage == "tokens" and not successors:
+            run.rename(renamed)
+            successors.append(session.new_run(text, OPTIONS | {"seed": 2}, run=run, file=None))
+            if not succeeds:
+                raise InputError("enough")
+
+    if succeeds:
+        assert session.new_run(text, OPTIONS, run=run, file=None, progress=rename).run == renamed
+        assert read_config(renamed)[0].seed == 1337 and read(renamed / "metrics.jsonl")[-1]["share"] == 1
+    else:
+        with pytest.raises(InputError, match="enough"):
+            session.new_run(text, OPTIONS, run=run, file=None, progress=rename)
+        assert not renamed.exists()
+    assert read_config(run)[0].seed == 2 and read(run / "metrics.jsonl")[-1]["share"] == 1
+    assert [record["share"] for record in read(run / "metrics.jsonl")].count(1) == 1
 
 
 def test_a_run_whose_maker_was_killed_while_it_prepared_its_text_begins_anew(text, tmp_path):
