@@ -35,6 +35,7 @@ from cllm_spheres.text.tokenizer import KINDS, load_tokenizer
 from cllm_spheres.training import folder, session
 from cllm_spheres.training.plan import shape_of
 from cllm_spheres.watch import dashboard
+from cllm_spheres.watch.overview import overview
 from tests.faults.malformed import (
     MODEL,
     PLACES,
@@ -691,6 +692,8 @@ def test_metrics_of_any_content_are_shown(place, good_run, data):
         )
         code, said = command_line(["watch", str(run), *how])
         assert code in (0, 2), said
+        with harmless(run.parent):
+            overview(run)
     tried["metrics"] += 1
 
 
@@ -714,8 +717,9 @@ def test_metrics_and_configurations_that_are_no_files_are_refused(place, good_ru
         with harmless(run.parent):
             config, where = folder.read_config(run)
             folder.newest_checkpoint(run, config, where["data_fingerprint"])
-        code, said = command_line(["watch", str(run), "--once"])
-        assert code in (0, 2), said
+        for words in (["watch", str(run), "--once"], ["runs", str(run.parent), "--json"]):
+            code, said = command_line(words)
+            assert code in (0, 2), said
     tried["places of metrics"] += 1
 
 
@@ -828,6 +832,9 @@ FLAGS = {
         "--dtype",
         "--weak",
     ],
+    "runs": ["--json"],
+    "prune": ["--weights-only"],
+    "cache": ["--json"],
     "bench kernels": ["--sizes", "--repeats", "--seconds"],
     "bench crystal": ["--text", "--only", "--preset", "--alphas", "--inits", "--seeds", "--steps", "--dtype"],
     "trian": ["--x"],
@@ -838,6 +845,8 @@ FIRST = {
     "train": [[], ["text"], ["good"], ["good", "--run", "new"], ["--resume", "--run", "run"], ["--preset", "minimal"]],
     "prepare": [[], ["text", "--out", "new"], ["--out", "new"], ["text", "--out", "file.toml"]],
     "generate": [[], ["run", "--tokens", "2"], ["--tokens", "3"], ["run", "--tokens", "0"]],
+    "runs": [[], ["."]],
+    "prune": [[], ["run"]],
     "watch": [["--once"], ["run", "--once"], ["run", "--svg", "picture.svg"]],
     "data": [[], ["good"], ["text"]],
     "crystal": [["good"], ["good", "--token", "1"], ["text", "--show", "matrix"], ["good", "--out", "picture.svg"]],
