@@ -126,7 +126,7 @@ class NewRun:
                 folder.rmdir()  # where it is empty
 
     def _tell(self, message: str, **fields: Any) -> None:
-        record = event(PREPARING, message, step=0, time=time.time(), **fields)
+        record = event("preparing", message, step=0, time=time.time(), **fields)
         assert self._folder is not None
         with contextlib.suppress(OSError), (self._folder.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(dumps(record) + "\n")  # a full disk: what cannot be told does not stop the work
