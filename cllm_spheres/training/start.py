@@ -22,8 +22,8 @@ from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import make_job, memory_bytes
 from cllm_spheres.units import size
 
-# Open files, counted in /proc/PID/fd with 2 and with 63 workers. Node Zero: 12, one a worker, one for each core
-# that it holds; while it chooses cores it holds all that are usable for a moment. The server: 5 and one a worker.
+# Open files, counted in /proc/PID/fd. Node Zero: 16, one a worker, one for each core
+# that it holds; while it chooses cores it holds all that are usable for a moment. The server: 7 and one a worker.
 # The rest of the 40 is head-room for a checkpoint being written and for a second server after a loss.
 FILES = 40
 # Processes and threads besides the workers: Node Zero's 7, the server, one that compiles beside it, the command's 4.
