@@ -155,9 +155,14 @@ def slow(job: Job, dtype: str) -> list[str]:
         )
     if dtype == "bf16" and job.dtype != "bf16":
         notes.append("bf16 was asked for and this CPU has no bfloat16 arithmetic: float32 is computed instead.")
-    if platform.machine() == "x86_64" and not cpu.has("avx2", "fma"):
+    if not has_vectors():
         notes.append("This CPU has neither AVX2 nor AVX-512: the kernels are several times slower here.")
     return notes
+
+
+def has_vectors() -> bool:
+    """Whether this CPU has the vectors without which the kernels are slow: AVX2, or what aarch64 always has."""
+    return platform.machine() != "x86_64" or cpu.has(*cpu.LEVELS["avx2"].needs)
 
 
 def _fewer(job: Job, workers: int) -> str:

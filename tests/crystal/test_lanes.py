@@ -9,6 +9,7 @@ import pytest
 from numba import types
 
 from cllm_spheres.crystal import lanes as L
+from cllm_spheres.crystal.cpu import has
 from cllm_spheres.crystal.functions.training import exp
 from cllm_spheres.crystal.jit import kernel
 
@@ -162,8 +163,8 @@ def test_exp_is_within_1_point_1_ulp_and_has_the_bits_of_the_function_it_copies(
     expected = np.exp(x.astype(np.float64))
     error = np.abs(out - expected) / np.spacing(expected.astype(np.float32)).astype(np.float64)
     assert error.max() <= 1.1, f"{error.max():.3f} ulp at {x[error.argmax()]!r}"  # as its docstring says
-    # the same operations in the same order
-    assert out.tobytes() == single.tobytes()
+    if has("fma"):  # else the compiler rounds the products of the other one by themselves
+        assert out.tobytes() == single.tobytes()  # the same operations in the same order
 
 
 def test_exp_of_special_numbers(buffer):

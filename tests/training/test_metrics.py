@@ -139,7 +139,7 @@ def test_processes_are_looked_at_in_turn_and_others_are_taken_for_typical(monkey
 
 
 def test_events_tell_the_story_of_the_run(outcome):
-    events = outcome.of("event")
+    events = [record for record in outcome.of("event") if record["event"] != "note"]  # such as: this CPU is slow
     assert {record["event"] for record in events} <= set(EVENTS)
     assert all(record["message"] and record["time"] > outcome.began for record in events)
     assert [record["event"] for record in events][:3] == ["start", "ready", "eta"]

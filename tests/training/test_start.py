@@ -29,6 +29,7 @@ def machine(corpus, monkeypatch, tmp_path):
             monkeypatch.setattr(start, "usable_cores", lambda: list(range(cores)))
             monkeypatch.setattr(start, "allowed_cores", lambda: list(range(cores)))
             monkeypatch.setattr(start, "cpu_quota", lambda: None)
+            monkeypatch.setattr(start, "has_vectors", lambda: True)
             monkeypatch.setattr(limits, "free_bytes", lambda folder: free)
             monkeypatch.setattr(limits, "most_files", lambda: files)
             monkeypatch.setattr(limits, "tasks_left", lambda needed: tasks)
@@ -136,6 +137,13 @@ def test_a_dtype_without_fast_kernels_is_said(machine):
     job = replace(machine(), dtype="fp32")
     assert "float32 is computed instead" in start.slow(job, "bf16")[0]
     assert start.slow(job, "fp32") == []
+
+
+def test_a_cpu_without_vectors_is_said(machine, monkeypatch):
+    machine(workers=2)
+    monkeypatch.setattr(start, "has_vectors", lambda: False)
+    (note,) = machine.check()
+    assert note.startswith("This CPU has neither AVX2 nor AVX-512")
 
 
 def test_a_new_run_and_a_resume_carry_the_sentences(corpus, tmp_path, monkeypatch):
