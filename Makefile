@@ -22,7 +22,8 @@ test: .venv/installed-dev
 
 # All tests once for each lesser CPU that this one can be taken for, such as one that has AVX2 and no AVX-512.
 test-backends: .venv/installed-dev
-	for level in $$($(BIN)/python -m cllm_spheres.crystal.cpu | head -n -1); do \
+	levels=$$($(BIN)/python -m cllm_spheres.crystal.cpu) || exit 1; \
+	for level in $$(echo "$$levels" | head -n -1); do \
 		echo "CLLM_SPHERES_CPU=$$level" && CLLM_SPHERES_CPU=$$level $(BIN)/python -m pytest || exit 1; done
 
 # The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.

@@ -10,6 +10,13 @@ import typer
 if TYPE_CHECKING:
     from cllm_spheres.doctor.cached import Cached
 
+_KINDS = {  # as in Cached.kind -> what one of them is called
+    "kernels": ("folder", " of compiled kernels"),
+    "text": ("prepared text", ""),
+    "unfinished": ("unfinished folder", ""),
+    "keys": ("list", " of texts prepared so far"),
+}
+
 
 def cache(
     clear: Annotated[
@@ -27,9 +34,12 @@ def cache(
 
     from cllm_spheres import caches
     from cllm_spheres.doctor import cached
+    from cllm_spheres.errors import InputError
     from cllm_spheres.units import duration, size
 
     if clear:
+        if as_json:
+            raise InputError("--json lists what is there, and --clear removes it. Leave one of them out.")
         removed, left = cached.clear()
         freed = size(sum(one.size_bytes for one in removed))
         print(f"{freed} freed: {_counts(removed)}." if removed else "There was nothing to remove.")
@@ -67,6 +77,8 @@ def cache(
 
 
 def _counts(found: list[Cached]) -> str:
-    """[...] -> "2 kernels, 1 text": folders by kind."""
+    """[...] -> "2 folders of compiled kernels, 1 prepared text": how many of each kind."""
+    from cllm_spheres.units import plural
+
     kinds = [one.kind for one in found]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return ", ".join(plural(kinds.count(kind), what) + more for kind, (what, more) in _KINDS.items() if kind in kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -65,4 +66,4 @@ def export(
             f"  print(tokenizer.decode(model.generate(do_sample=True, max_new_tokens={most})[0]))"
         )
     else:
-        print(f'Next: llama-completion -m {target} -p "..."')
+        print(f'Next: llama-completion -m {shlex.quote(str(target))} -p "..."')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -34,4 +35,5 @@ def import_(
     )
     for note in source.notes:
         print(note)
-    print(f"Let it write: {own_name()} generate {run}\nTrain it further: {own_name()} train DATA --from {run}")
+    name = shlex.quote(str(run))
+    print(f"Let it write: {own_name()} generate {name}\nTrain it further: {own_name()} train DATA --from {name}")

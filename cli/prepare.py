@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def prepare(
 
     from cllm_spheres.text.prepare import prepare as prepare_text
     from cllm_spheres.text.report import left_out_lines
+    from cllm_spheres.units import plural
 
     given = None
     if from_ is not None:
@@ -55,7 +57,7 @@ def prepare(
             raise InputError("--from takes the tokenizer as it is: leave --tokenizer and --vocab-size out.")
         source = open_source(from_)
         given, tokenizer, vocab_size = source.tokenizer_json, source.tokenizer.kind, source.tokenizer.vocab_size
-    console = Console()
+    console, name = Console(), shlex.quote(str(out))
     with interruptible("Nothing was written."), progress_of(console) as progress:
         prepared = prepare_text(
             paths or None,
@@ -69,7 +71,7 @@ def prepare(
         )
     manifest = prepared.manifest
     console.print(
-        f"{out}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes, "
+        f"{out}: {plural(manifest['documents'], 'document')}, {manifest['bytes']:,} bytes, "
         f"{manifest['tokens']:,} tokens; "
         f"{manifest['tokenizer']} with a vocabulary of {manifest['vocab_size']:,}, "
         f"{manifest['bytes_per_token']:.2f} bytes a token.",
@@ -80,6 +82,6 @@ def prepare(
     lines = [f"For validation: {prepared.share_text()}.", prepared.share_warning(), *manifest["notes"]]
     lines += [f"Skipped: {line}" for line in left_out_lines(manifest["left_out"])]
     if manifest["left_out"]:
-        lines.append(f"All that was skipped: {own_name()} data {out} --files --skipped")
-    for line in [*filter(None, lines), f"Next: {own_name()} train {out}"]:
+        lines.append(f"All that was skipped: {own_name()} data {name} --files --skipped")
+    for line in [*filter(None, lines), f"Next: {own_name()} train {name}"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

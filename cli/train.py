@@ -1,6 +1,7 @@
 """`cllm-spheres train`: text in, a trained run out. Its options are the fields of `Config`, with their help."""
 
 import inspect
+import shlex
 import types
 import typing
 from collections.abc import Callable
@@ -171,7 +172,7 @@ def train(
     if profile and (folder / "profile.md").is_file():
         print((folder / "profile.md").read_text())
     if code == 0:
-        print(f"Let it write: {own_name()} generate {folder}")
+        print(f"Let it write: {own_name()} generate {shlex.quote(str(folder))}")
     raise typer.Exit(code)
 
 

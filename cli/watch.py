@@ -17,8 +17,12 @@ def watch(
         typer.Option(help="Write a picture of the dashboard to this file, and leave.", show_default=False),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and leave.")] = False,
-    width: Annotated[int, typer.Option(min=40, max=400, help="Columns of the picture.")] = 120,
-    height: Annotated[int, typer.Option(min=12, max=200, help="Lines of the picture.")] = 40,
+    width: Annotated[
+        int | None, typer.Option(min=40, max=400, help="With --svg: columns of the picture. Default: 120.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=12, max=200, help="With --svg: lines of the picture. Default: 40.")
+    ] = None,
 ) -> None:
     """Show how a run is going: in another terminal while it trains, or after it has ended.
 
@@ -29,10 +33,12 @@ def watch(
     from cllm_spheres.watch import dashboard
     from cllm_spheres.watch.follow import Follower, find_run, follow
 
+    if svg is None and (width is not None or height is not None):
+        raise InputError("--width and --height are for the picture of --svg: the terminal has a size of its own.")
     run = find_run(newest(run))
     if svg is not None:
         try:
-            dashboard.svg(run, svg, width, height)
+            dashboard.svg(run, svg, width or 120, height or 40)
         except OSError as error:
             raise InputError(f"Cannot write {svg}: {error.strerror}.") from None
         typer.echo(f"Wrote {svg}.")

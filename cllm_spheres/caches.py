@@ -42,7 +42,14 @@ def places() -> list[Path]:
     found = [wanted()]
     with contextlib.suppress(OSError):
         found.append(_other())
-    return [place for place in found if place.is_dir() and place.stat().st_uid == os.getuid()]
+    return [place for place in found if _is_ours(place)]
+
+
+def _is_ours(place: Path) -> bool:
+    try:
+        return place.is_dir() and place.stat().st_uid == os.getuid()
+    except OSError:  # it lies in a folder that may not be entered
+        return False
 
 
 def use(place: Path) -> int | None:

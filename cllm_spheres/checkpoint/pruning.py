@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cllm_spheres.checkpoint.checkpoint import NoOptimizer
 from cllm_spheres.checkpoint.files import Damaged
 from cllm_spheres.checkpoint.lock import is_held, lock
 from cllm_spheres.checkpoint.store import Store
@@ -34,14 +36,15 @@ def check_idle(run: Path) -> None:
 def prune(run: Path, *, weights_only: bool = False) -> Pruned:
     """Remove all checkpoints but the best and the last; with weights_only also the moments of the optimizer in those.
 
-    A checkpoint that is damaged and newer than the last good one is left. InputError where the run goes on; SaveFailed
-    where the disk refuses.
+    The last one is read first: a checkpoint that is damaged and newer than the last good one is left, and does not push
+    that one out. InputError where the run goes on, or no checkpoint verifies; SaveFailed where the disk refuses.
     """
     check_idle(run)
     with lock(run):
         store = Store(run)
         before = _size(store.folder)
         store.tidy()
+        _find_damaged(store)
         removed = store.prune(keep=1)
         if weights_only:
             for step in store.steps():
@@ -51,6 +54,20 @@ def prune(run: Path, *, weights_only: bool = False) -> Pruned:
                     continue
         left = _size(store.folder)
         return Pruned(removed, store.steps(), store.best_step(), before - left, left)
+
+
+def _find_damaged(store: Store) -> None:
+    """Read checkpoints, the newest first, until one verifies: the store then knows which newer ones are damaged."""
+    for step in reversed(store.steps()):
+        try:
+            with contextlib.suppress(NoOptimizer):
+                store.load(step)
+                return
+            store.load(step, optimizer=False)  # the moments were removed before
+            return
+        except Damaged:
+            continue
+    raise InputError(f"None of the checkpoints in {store.folder} can be used, so none was removed.")
 
 
 def _size(folder: Path) -> int:

@@ -154,7 +154,10 @@ class Store:
 
     def find(self, which: Which = None) -> Path:
         """The folder of a checkpoint; a step may be digits too. Raises InputError naming what exists."""
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except OSError as error:
+            raise InputError(f"Cannot read {self.folder}: {error.strerror}.") from None
         if not steps:
             if (self.run / "config.json").is_file():
                 raise InputError(f"{self.run} is a model of another tool: cllm-spheres import {self.run} RUN")

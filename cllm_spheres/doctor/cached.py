@@ -134,6 +134,8 @@ def _remove(path: Path) -> bool:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False  # somebody has begun to use it
+        if f" {path.resolve()}{os.sep}" in _mapped():
+            return False  # a training has opened this text since `contents` looked
         path.rename(aside)
         shutil.rmtree(aside)
     except OSError:

@@ -29,7 +29,8 @@ _MARKS = (  # UTF-32 before UTF-16: its mark begins with the other's
 )
 # Texts do hold bell, backspace, tab, line feeds, form feed, return and escape (colours).
 _CONTROL = np.array([(b < 32 and b not in b"\a\b\t\n\v\f\r\x1b") or b == 127 for b in range(256)])
-_UNDEFINED = np.isin(np.arange(256), [0x81, 0x8D, 0x8F, 0x90, 0x9D])  # in cp1252
+_NOT_CP1252 = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+_UNDEFINED = np.isin(np.arange(256), _NOT_CP1252)
 # In cp1252 no letter, quotation mark, dash or common sign: hardly meant where it stands alone between ASCII.
 _SIGNS = b"\x85\x91\x92\x93\x94\x95\x96\x97\xa0\xa3\xa7\xa9\xab\xae\xb0\xbb"
 _IMPLAUSIBLE = np.array([b > 127 and b not in _SIGNS and not 0xC0 <= b <= 0xFD for b in range(256)])
@@ -148,13 +149,14 @@ def _utf8(chunks: Chunks) -> Encoding | None:
 def _eight_bits(chunks: Chunks) -> Encoding:
     """UTF-8 with damaged bytes, cp1252, or both in one file."""
     counts = np.zeros(256, np.int64)
-    whole = broken = 0
+    whole = broken = stray = 0  # characters beyond ASCII, bytes that are not UTF-8, those that are not cp1252 either
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     for data in chunks():
         counts += _counts(data)
         text = decoder.decode(data)
         kept = text.encode("utf-8", "ignore").decode()
         broken += len(text) - len(kept)
+        stray += sum(text.count(chr(0xDC00 + byte)) for byte in _NOT_CP1252)
         whole += len(kept) - len(kept.encode("ascii", "ignore"))
     broken += len(decoder.getstate()[0]) * (not whole)
     total, zeros, undefined = int(counts.sum()), int(counts[0]), int(counts[_UNDEFINED].sum())
@@ -165,7 +167,9 @@ def _eight_bits(chunks: Chunks) -> Encoding:
     if broken + zeros <= MOST_LOST * total and not rare_accents:
         return Encoding("utf-8", broken + zeros)
     if whole > broken:
-        return Encoding(MIXED, zeros)
+        if stray + zeros > MOST_LOST * total:
+            raise NotText("undecodable")
+        return Encoding(MIXED, stray + zeros)
     if undefined + zeros > MOST_LOST * total or high > _MAX_HIGH or common < _MIN_COMMON:
         raise NotText("undecodable")
     return Encoding("cp1252", undefined + zeros)

@@ -16,7 +16,7 @@ REASONS = {
     "hidden": "hidden",
     "binary": "binary",
     "empty": "empty",
-    "undecodable": "in an encoding that cannot be told (convert them to UTF-8)",
+    "undecodable": "in an encoding that was not recognised (convert them to UTF-8)",
     "duplicate": "duplicates of an earlier document",
     "no permission": "without read permission",
     "unreadable": "unreadable",
@@ -31,7 +31,7 @@ REASONS = {
     "docx": "DOCX files skipped: pip install 'cllm-spheres[documents]'",
     "broken jsonl line": "broken jsonl lines",
     "jsonl line without text": "jsonl lines without a text",
-    "jsonl line with another dialogue": "jsonl lines with a role or a content that is not text",
+    "jsonl line with another dialogue": "jsonl lines of dialogues with an unknown role or a content that is not text",
 }
 
 

@@ -44,7 +44,11 @@ def as_paths(data: Any) -> Iterator[Path | list[Path] | None]:
             f"data[0] is {shown(first)}, the name of a file: a str in a list is the text itself. Give Path({first!r})"
             " for the file."
         )
-    with tempfile.TemporaryDirectory(prefix="cllm-spheres-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="cllm-spheres-")
+    except OSError as error:
+        raise _cannot_write("a temporary folder", error) from None
+    with temporary as folder:
         path = Path(folder) / "texts-from-python.jsonl"
         _write(path, (_item(item, number, str, "a str") for number, item in enumerate(chain([first], items))))
         yield [path]
@@ -77,15 +81,20 @@ def _write(path: Path, texts: Iterator[str]) -> None:
         file = path.open("w", encoding="ascii")
     except OSError as error:
         raise _cannot_write(path, error) from None
-    with file:
+    try:
         for text in texts:
             try:
                 file.write(json.dumps({"text": text}) + "\n")
             except OSError as error:
                 raise _cannot_write(path, error) from None
+    finally:
+        try:
+            file.close()  # writes what is still buffered, for short texts all of it
+        except OSError as error:
+            raise _cannot_write(path, error) from None
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
+def _cannot_write(path: Path | str, error: OSError) -> InputError:
     return InputError(
         f"The texts cannot be written to {path} while they are prepared: {error.strerror}. Free some space, or let"
         " TMPDIR name another folder."

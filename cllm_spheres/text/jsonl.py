@@ -58,7 +58,10 @@ def read_json_lines(texts: Iterator[str], spool: SpoolWriter, known: bool = Fals
 
 def has_text(record: object) -> bool:
     """Whether an object has one of the fields that are read."""
-    return isinstance(record, dict) and (_plain(record) is not None or is_dialogue(record))
+    if not isinstance(record, dict):
+        return False
+    counts_messages = not isinstance(record.get("messages", []), list)  # as statistics of a forum do
+    return _plain(record) is not None or (is_dialogue(record) and not counts_messages)
 
 
 def text_of(record: object) -> tuple[str | None, str]:

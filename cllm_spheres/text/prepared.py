@@ -112,7 +112,7 @@ class Prepared:
         asked = self.manifest["val_fraction"]
         if self.manifest["tokens"] < MIN_WARNED or abs(self.val_share - asked) <= 0.1 * asked:
             return ""
-        cure = "Its documents cannot be dealt better."
+        cure = "No other division of its documents comes closer."
         if self.manifest["version"] < folders.VERSION:
             cure = "It was prepared by an older version, which never cut a document: prepare the text again."
         return (

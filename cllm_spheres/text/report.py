@@ -216,8 +216,8 @@ class _Writer:
             )
         if count := self._counted["fields"]:
             notes.append(
-                f"{plural(count, 'file')} of JSON lines read as plain text, braces and all, for want of a field"
-                f" {', '.join(FIELDS[:-1])} or {FIELDS[-1]}: {self._list('fields')}."
+                f"{plural(count, 'file')} of JSON lines read as plain text, with braces and field names, because the"
+                f" lines have none of the fields {', '.join(FIELDS[:-1])} or {FIELDS[-1]}: {self._list('fields')}."
             )
         return notes
 

@@ -68,7 +68,10 @@ def overview(run: Path) -> Overview:
     has_records = path.is_file()  # a pipe would make the reader wait
     if has_records:
         records.read(path)
-    kept = Store(run).steps()
+    try:
+        kept = Store(run).steps()
+    except OSError:  # its checkpoints are another user's
+        kept = []
     state = records.end if has_records else "imported" if kept else DIED
     if is_held(run):
         state = "preparing text" if records.prepares else "running"

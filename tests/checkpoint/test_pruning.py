@@ -40,6 +40,19 @@ def test_the_best_and_the_last_are_left(five, assert_same, capsys):
     assert prune(five.run).freed_bytes == 0
 
 
+def test_a_checkpoint_with_a_flipped_bit_does_not_push_out_the_good_ones(five):
+    path = five.path(5) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert prune(five.run).removed == [3, 1]
+    assert five.steps() == [2, 4, 5] and five.newest_good()[0].step == 4
+    for step in (2, 4):
+        (five.path(step) / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="can be used, so none was removed"):
+        prune(five.run)
+
+
 def test_what_is_freed_is_counted(five):
     before = size(five.run)
     done = prune(five.run, weights_only=True)

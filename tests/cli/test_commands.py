@@ -166,5 +166,5 @@ def test_names_that_are_not_utf8_are_shown_in_escapes(tmp_path):
     (tmp_path / "a.txt").write_text(text(20))
     name = os.fsdecode(b"out-\xff")
     result = command("prepare", "a.txt", "--tokenizer", "byte", "--out", name, cwd=tmp_path)
-    assert result.returncode == 0 and "out-\\udcff: 1 documents" in result.stdout, result.stderr
+    assert result.returncode == 0 and "out-\\udcff: 1 document, " in result.stdout, result.stderr
     assert command("data", name, cwd=tmp_path).returncode == 0

@@ -81,7 +81,8 @@ def test_what_nobody_uses_is_removed_and_nothing_else(place, tmp_path, capsys):
 
     command(clear=True)
     told = capsys.readouterr().out
-    assert "freed: 1 kernels, 1 text, 1 unfinished, 1 keys." in told and "Left, because" in told
+    kinds = "1 folder of compiled kernels, 1 prepared text, 1 unfinished folder, 1 list of texts prepared so far"
+    assert f"freed: {kinds}." in told and "Left, because" in told
     assert names(cached.contents()) == {used.name, prepared.folder.name, being_made.name}
     assert all((folder / "file").is_file() for folder in (outside, *others))
     os.close(descriptor)

@@ -103,6 +103,15 @@ def test_a_log_of_two_encodings_is_read_in_both(read):
     assert read.last.encoding == "utf-8 with cp1252"
 
 
+@pytest.mark.parametrize(("bad", "kept"), [(10, True), (11, False)])
+def test_a_byte_that_is_in_neither_of_two_encodings_is_counted(read, bad, kept):
+    text = "Käse, Öl, Gemüse\n".encode() * 100 + b"caf\xe9 " * 100
+    data = b"\x81" * bad + text + b"." * (10_000 - bad - len(text))
+    documents, skipped = read(data)
+    assert (skipped == {}) is kept and (skipped == {"undecodable": 1}) is not kept
+    assert not kept or (read.last.lost == bad == documents[0].count("\ufffd"))
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf16_is_known_without_its_mark(read, encoding):
     assert read(LONG.encode(encoding)) == ([LONG], {})

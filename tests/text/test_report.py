@@ -83,7 +83,8 @@ def test_the_same_report_comes_from_a_file_read_in_ranges(corpus, tmp_path, monk
 def test_preparing_names_the_worst_reasons_first_and_says_what_it_guessed(corpus, tmp_path):
     manifest = prepare([corpus], tmp_path / "out", tokenizer="byte").manifest
     lines = left_out_lines(manifest["left_out"])
-    assert lines[0] == f"1 in an encoding that cannot be told (convert them to UTF-8), 1 kB: {corpus / 'russian.txt'}"
+    reason = "in an encoding that was not recognised (convert them to UTF-8)"
+    assert lines[0] == f"1 {reason}, 1 kB: {corpus / 'russian.txt'}"
     assert lines[1] == f"1 broken jsonl lines: {corpus / 'dialogue.jsonl'}"
     assert f"6 duplicates of an earlier document: {corpus / 'copy.txt'}" in lines[3]
     assert {entry["reason"]: entry["count"] for entry in manifest["left_out"]} == manifest["skipped"]
@@ -91,7 +92,8 @@ def test_preparing_names_the_worst_reasons_first_and_says_what_it_guessed(corpus
     for words in (
         f"1 byte in 1 file could not be decoded and became U+FFFD: {corpus / 'bad.md'} (1).",
         "1 file read as dialogues, written as chat and serve do (User: ..., Assistant: ...)",
-        f"for want of a field text, content, messages or prompt and completion: {corpus / 'tickets.jsonl'} (id, body).",
+        "because the lines have none of the fields text, content, messages or prompt and completion: "
+        f"{corpus / 'tickets.jsonl'} (id, body).",
     ):
         assert words in notes
 

@@ -198,7 +198,7 @@ def _own_terminal() -> None:
 
 
 FOLLOW = "import sys; from pathlib import Path; from cllm_spheres_cli.watch import watch; "
-FOLLOW += "watch(Path(sys.argv[1]), plain=False, svg=None, once=False, width=120, height=40); print('AFTER')"
+FOLLOW += "watch(Path(sys.argv[1]), plain=False, svg=None, once=False); print('AFTER')"
 
 
 def test_on_a_terminal_the_dashboard_ends_cleanly_with_the_run(tmp_path):
