@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from cllm_spheres.limits import unwritable
 
-TRIES = 100  # of `use`, where a folder is cleared again and again
+TRIES, TRY_AGAIN_S = 100, 0.01  # of `use`, where a folder is cleared again and again
 
 
 def wanted() -> Path:
@@ -59,13 +60,18 @@ def use(place: Path) -> int | None:
     """
     for _ in range(TRIES):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # it has just been cleared
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if place.is_dir() and os.path.samestat(os.fstat(descriptor), place.stat()):
+            if os.path.samestat(os.fstat(descriptor), place.stat()):
                 return descriptor
         except BlockingIOError:
-            pass  # it is being cleared just now, and will have another name in a moment
+            time.sleep(TRY_AGAIN_S)  # somebody looks whether it is used, or clears it: it has another name then
+        except FileNotFoundError:
+            pass  # it has just been cleared
         except OSError:
             os.close(descriptor)
             return None

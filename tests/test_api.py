@@ -26,7 +26,7 @@ from cllm_spheres.training.hooks import Hooks
 from cllm_spheres.training.session import prepare_data
 from tests.exchange.models import GOLDEN, SHAPE, weights
 from tests.naive import naive_hidden_states, naive_logits, naive_loss_and_gradients
-from tests.runs import TINY, corpus, text  # noqa: F401
+from tests.runs import TINY, corpus, text, wait_until  # noqa: F401
 
 SCRIPT = """
 import cllm_spheres as cs
@@ -179,12 +179,14 @@ def test_callbacks_of_another_kind_are_refused_in_words(tmp_path):
     with pytest.raises(InputError, match="on_eval is 5: give a function of one record"):
         cs.train(on_eval=5)
     (tmp_path / "metrics.jsonl").write_text('{"kind":"step","step":1}\n{"kind":"step","st')
+    threads = threading.active_count()
     hooks = Hooks(lambda record: "halt", None)
     hooks.begin(SimpleNamespace(alive=False), tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind":"step","step":1}\n{"kind":"step","step":2}\n')
     assert not hooks.poll()
     with pytest.raises(InputError, match='on_step has returned \'halt\': return None, "save" or "stop"'):
         hooks.finish()
+    wait_until(lambda: threading.active_count() == threads, "the thread that asks")
 
 
 def test_quiet_is_quiet_after_ctrl_c(monkeypatch, capfd):

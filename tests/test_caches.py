@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 import pytest
@@ -60,3 +61,23 @@ def test_where_nothing_can_be_kept_the_doctor_does_not_say_that_training_will_wo
 def test_a_folder_of_another_user_is_not_used(places, monkeypatch):
     monkeypatch.setattr(caches.os, "getuid", lambda: 12345)
     assert caches.problem(places / "home") == f"{places / 'home'} belongs to another user"
+
+
+def test_a_folder_that_is_looked_at_or_cleared_meanwhile_is_used_a_moment_later(tmp_path, monkeypatch):
+    place = tmp_path / "kernels"
+    place.mkdir()
+    other = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as whoever clears the cache does
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            place.rename(tmp_path / "aside")
+            os.close(other)
+
+    monkeypatch.setattr(caches.time, "sleep", sleep)
+    descriptor = caches.use(place)
+    assert descriptor is not None and os.path.samestat(os.fstat(descriptor), place.stat())
+    os.close(descriptor)
+    assert len(slept) == 3

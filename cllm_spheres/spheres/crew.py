@@ -8,6 +8,7 @@ has it alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -103,6 +104,8 @@ class Crew:
             elif "warm" in message:
                 self.warm_since = time.monotonic()
             elif "started" in message:
+                if not handles:  # the kernel has dropped the descriptor: the server is ended, which is noticed
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 worker = int(str(message["started"]))
                 self.pids[worker], self._handles[worker] = int(str(message["pid"])), handles[0]
                 os.set_inheritable(handles[0], False)

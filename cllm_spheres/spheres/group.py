@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -38,7 +39,10 @@ class ProcessGroup:
     """
 
     def __init__(self, command: list[str], inherit: Collection[int], environment: Mapping[str, str]) -> None:
-        """Start the command without standard input and output; `inherit` are the descriptors that it shall have."""
+        """Start the command without standard input and output; `inherit` are the descriptors that it shall have.
+
+        OSError where there may be no further process or thread.
+        """
         reading, writing = os.pipe()
         fcntl.fcntl(reading, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(reading, fcntl.F_SETFL, fcntl.fcntl(reading, fcntl.F_GETFL) | os.O_ASYNC)
@@ -46,12 +50,21 @@ class ProcessGroup:
         self._lock = threading.Lock()
         self._gone, held = threading.Event(), threading.Event()
         self._apart = False
-        threading.Thread(target=self._hold, args=(writing, held), daemon=True).start()
+        try:
+            threading.Thread(target=self._hold, args=(writing, held), daemon=True).start()
+        except RuntimeError:  # how Python says that there may be no further thread
+            os.close(reading)
+            os.close(writing)
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         held.wait()
         if self._apart:
             os.close(writing)
         parent = os.getpid()
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(reading)  # the thread ends with it
+            raise
         if self.pid == 0:
             try:
                 die_with(parent)

@@ -34,6 +34,7 @@ from cllm_spheres.units import plural
 NEVER = 1 << 62  # more barriers than are ever passed
 LOOK_AROUND_S = 0.1  # how often Node Zero wakes without a bell
 STOPPED_S = 5.0  # what does not start because somebody has stopped it is not waited for any longer
+NOT_RUN_S = 2.0  # Node Zero, which looks ten times a second
 READY_WITHIN_S = 60.0  # workers that are asked for, 63 of them in 0.7 s
 COMPILED_WITHIN_S = 600.0  # the kernels, in 14 s; on a slow machine in a minute or two
 
@@ -56,6 +57,7 @@ class NodeZero:
         self._status, self._look, self._tell, self._server_given = status, look, tell, server
         self._command = (0, 0, 0, 0)  # number, kind, first, last
         self._recovering, self._recovered_at = False, 0.0
+        self._looked_at = 0.0  # at who does not start
         self.losses = Losses(job, self.memory)
         self.faults = FaultTable(self.memory, job.faults)
         for word, seconds, nanoseconds in (
@@ -93,6 +95,9 @@ class NodeZero:
         waited for so long.
         """
         now, warm_since = time.monotonic(), self.crew.warm_since
+        before, self._looked_at = self._looked_at, now
+        if asked <= before < now - NOT_RUN_S:  # Node Zero was stopped itself, as by Ctrl+Z: who waits is not late
+            return now
         late = now > (asked + COMPILED_WITHIN_S if warm_since is None else max(asked, warm_since) + READY_WITHIN_S)
         if not late and now <= asked + STOPPED_S:
             return asked

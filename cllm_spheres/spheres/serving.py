@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
+from cllm_spheres.errors import RunFailed
 from cllm_spheres.spheres.group import ProcessGroup
 
 MODULE = "cllm_spheres.spheres.server"
@@ -36,9 +37,20 @@ class Server:
 
 
 def start_server(*likely: str) -> Server:
-    """A server, warming up at once where dtype and width of the model are likely ones. Call it from the main thread."""
+    """A server, warming up at once where dtype and width of the model are likely ones. Call it from the main thread.
+
+    RunFailed where the kernel lets no further process be started.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(os.getpid()), *likely]
-    group = ProcessGroup(command, [theirs.fileno()], clean_environment())
-    theirs.close()
+    try:
+        group = ProcessGroup(command, [theirs.fileno()], clean_environment())
+    except OSError as error:
+        ours.close()
+        raise RunFailed(
+            f"The process that starts the workers cannot be started: {error.strerror}. Look at the limits:"
+            " cllm-spheres doctor"
+        ) from None
+    finally:
+        theirs.close()
     return Server(group, ours)

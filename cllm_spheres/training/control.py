@@ -120,7 +120,7 @@ class Control:
         """What somebody wishes, who has said it."""
         try:
             message = json.loads(connection.recv(PACKET_BYTES))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             connection.close()
             return
         wish = Wish(connection, message if isinstance(message, dict) else {})

@@ -37,6 +37,7 @@ FREE = (
     "tokenizer", *(field.name for field in fields(Shape)),
 )  # fmt: skip
 ALWAYS_THERE = ("layout", "seed", "spheres", "batch_size")  # also in the checkpoints of older versions
+LOCK_BYTES = 20  # a process number and a newline: a larger file of this name is somebody else's
 NEW_CONFIG = ".config.toml.new"  # all that is left where somebody dies while making a run
 COUNTERS = ("applied", "total_tokens", "evaluated", "best_step", "worse")  # that a resume takes from the state
 STATE_BYTES = 1 << 20  # a real one has about 1,000
@@ -101,8 +102,17 @@ def _check_place(run: Path) -> None:
 def _may_be_replaced(entry: Path) -> bool:
     """Whether this is left of one who died while he made a run, or prepared its text."""
     if entry.name == METRICS:
-        return entry.is_file() and all(record.get("event") == PREPARING for record in read(entry))
-    return entry.name in (NEW_CONFIG, LOCK)
+        return entry.is_file() and _only_preparing(entry)
+    if entry.name == LOCK:
+        return entry.is_file() and entry.stat().st_size <= LOCK_BYTES
+    return entry.name == NEW_CONFIG
+
+
+def _only_preparing(path: Path) -> bool:
+    """Whether every line is of such an event, the last perhaps torn: other programs have a metrics.jsonl too."""
+    begins = f'{{"kind":"event","event":"{PREPARING}",'.encode()  # as `events.dumps` writes it
+    with path.open("rb") as file:
+        return all(line.startswith(begins) or (not line.endswith(b"\n") and begins.startswith(line)) for line in file)
 
 
 def check_name(path: Path) -> None:

@@ -43,7 +43,7 @@ class Hooks:
             if not callable(function):
                 raise InputError(f"on_{kind} is {shown(function)}: give a function of one record.")
         self._error: BaseException | None = None
-        self._wishes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._wishes: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the run has ended
         self._under_way: set[str] = set()
 
     def begin(self, launch: Launch, run: Path) -> None:
@@ -68,6 +68,7 @@ class Hooks:
     def finish(self) -> None:
         """The last records, after the end. Raises what a function has raised."""
         self.poll()
+        self._wishes.put(None)
         if self._error is not None:
             raise self._error
 
@@ -86,8 +87,7 @@ class Hooks:
 
     def _ask(self) -> None:
         """By a thread: an answer may take as long as a step and an evaluation."""
-        while True:
-            wish = self._wishes.get()
+        while (wish := self._wishes.get()) is not None:
             while self._launch.alive:
                 try:
                     ask(self._folder.path, {wish: True})

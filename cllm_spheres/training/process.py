@@ -136,8 +136,8 @@ def main() -> None:
     if launcher is None:
         return
     set_title("node zero")
-    server = start_server(*sys.argv[2:4])  # it warms up while this process still imports, and waits for its order
     try:
+        server = start_server(*sys.argv[2:4])  # it warms up while this process still imports, and waits for its order
         outcome = run_training(server, launcher)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}

@@ -21,10 +21,12 @@ from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.checkpoint.saved_model import open_run
 from cllm_spheres.config import MAX_SPHERES
 from cllm_spheres.errors import InputError, NonFinite, nearest
+from cllm_spheres.limits import raised_files
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres.crew import ENDS_WITHIN_S
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.spheres.placement import place, read_cores
@@ -113,7 +115,8 @@ def score(
     job = _job(shape, text, min(wanted, sliding.count), min(sliding.count, MOST_WINDOWS), chosen)
     job = replace(job, run=Path(run).name)
     baselines = _Counting(text, sliding, shape.vocab_size)
-    loss, correct, seconds = _scored(job, saved, sliding, progress, tell)
+    with raised_files():
+        loss, correct, seconds = _scored(job, saved, sliding, progress, tell)
     if not math.isfinite(loss):
         raise NonFinite(f"The loss of {saved.path} on {text.source} is {loss}: take another --checkpoint.")
     num_bytes = _bytes(tokenizer, text.ids, sliding)
@@ -191,7 +194,8 @@ def _scored(
         if node is not None:
             node.close()
         server.group.signal(signal.SIGKILL)  # where it had not been handed over yet
-        server.group.wait()
+        if server.group.wait(ENDS_WITHIN_S) is not None:
+            server.close()
 
 
 def _server(job: Job) -> Server:
@@ -260,7 +264,10 @@ class _Counting:
             def count() -> None:
                 ranges = list(sliding.ranges())
                 contexts, targets = (
-                    np.concatenate([ids[first + shift : last + shift] for first, last in ranges]) for shift in (0, 1)
+                    ids[ranges[0][0] + shift : ranges[0][1] + shift]  # all of the text is read where it lies
+                    if len(ranges) == 1
+                    else np.concatenate([ids[first + shift : last + shift] for first, last in ranges])
+                    for shift in (0, 1)
                 )
                 self._result = ngram_losses(train, contexts, targets, vocab_size)
 

@@ -55,7 +55,10 @@ def make_plan(
     if auto:
         if run is None:
             raise InputError("--resume auto needs --run: the same folder each time.")
-        resume = (run / "config.toml").is_file()
+        try:
+            resume = (run / folder.CONFIG_TOML).is_file()
+        except OSError as error:
+            raise InputError(f"Cannot read {run}: {error.strerror}.") from None
         if resume:
             _check_same_model(run, start_from)
             options, file = _as_given(options, file), None

@@ -365,6 +365,9 @@ class Trainer:
                 return
             if self.progress.saved != self.step:
                 self.keeper.save(self.progress)
+            if self.progress.saved != self.step:
+                wish.answer(error=f"Step {self.step:,} is not saved: the disk is still busy. Try again later.")
+                return
             wish.answer(message=f"Step {self.step:,} is being saved.")
         elif wish.message.get("stop"):
             self._asked, self.last = True, max(1, self.step)

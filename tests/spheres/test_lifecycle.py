@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +17,14 @@ import psutil
 import pytest
 
 from cllm_spheres.checkpoint.store import Store
+from cllm_spheres.errors import RunFailed
 from cllm_spheres.events import read
 from cllm_spheres.model.layout import Shape
 from cllm_spheres.spheres import atomics, node_zero, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.node_zero import NodeZero
+from cllm_spheres.spheres.serving import start_server
 from tests.runs import (
     WAIT_S,
     Family,
@@ -301,8 +305,20 @@ def test_a_server_is_not_ended_because_its_kernels_took_long_to_compile(monkeypa
     node = SimpleNamespace(crew=crew, pids={}, memory=memory, server_pid=os.getpid())
     for now, warm_since, ended in ((99, None, False), (100, 99, False), (158, 99, False), (160, 99, True)):
         monkeypatch.setattr(node_zero.time, "monotonic", lambda now=now: now)
-        crew.warm_since = warm_since
+        crew.warm_since, node._looked_at = warm_since, now - 0.1
         assert NodeZero._end_who_does_not_start(node, 1.0) == (now if ended else 1.0) and bool(killed) is ended
     now, crew.warm_since = 1000, None
     monkeypatch.setattr(node_zero.time, "monotonic", lambda: now)
+    assert NodeZero._end_who_does_not_start(node, 1.0) == 1000 and len(killed) == 1, "Node Zero was stopped itself"
     assert NodeZero._end_who_does_not_start(node, 1.0) == 1000 and len(killed) == 2
+
+
+def test_where_no_process_may_be_started_that_is_said_and_nothing_is_left(monkeypatch):
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    before = os.listdir("/proc/self/fd"), threading.active_count()
+    with pytest.raises(RunFailed, match=r"cannot be started: Resource temporarily unavailable.*doctor"):
+        start_server()
+    wait_until(lambda: (os.listdir("/proc/self/fd"), threading.active_count()) == before, "the thread's end")

@@ -106,6 +106,14 @@ def test_two_runs_of_one_name_are_not_made_at_once(char_corpus, tmp_path):
     session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=tmp_path / "run", file=None)  # it was given up
 
 
+@pytest.mark.parametrize(("name", "content"), [("metrics.jsonl", '{"loss": 1.0}\n'), ("lock", "words of mine\n" * 3)])
+def test_a_folder_with_somebody_elses_file_of_a_runs_name_is_refused_and_left_alone(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="exists already"), new_run.NewRun(tmp_path, None) as run:
+        run.progress("read", 1, 2)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
 @pytest.mark.parametrize("name", ["\U0001f600", "\x7f", 'a"b'])
 def test_text_under_any_name_is_found_again_by_a_resume(tmp_path, monkeypatch, name):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
