@@ -36,9 +36,9 @@ HOG = """
 import mmap, sys
 from cllm_spheres.machine import memory_kills
 taken, before = [], memory_kills()
-while memory_kills() == before:
-    taken.append(mmap.mmap(-1, 4 << 20))
-    for page in range(0, 4 << 20, 4096):
+while memory_kills() == before:  # looked at often: a worker frees little, and this would be the next to be ended
+    taken.append(mmap.mmap(-1, 1 << 16))
+    for page in range(0, 1 << 16, 4096):
         taken[-1][page] = 1
 """
 
