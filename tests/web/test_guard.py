@@ -119,7 +119,8 @@ def test_a_server_for_others_wants_its_key_lets_allowed_pages_in_and_logs_no_sec
         with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as connection:
             connection.sendall(KEY.encode() + b"\r\n\r\n")
             assert connection.recv(1 << 16)
-    logged = [line.split(" ", 1)[1] for line in server.out.splitlines()]
+    # A server that has to compile its kernels says so, too.
+    logged = [line.split(" ", 1)[1] for line in server.out.splitlines() if "seconds=" in line]
     # A stream is logged after its last byte, perhaps behind a request that came then.
     assert sorted(re.sub(r"[\d.]+$", "", line) for line in logged) == sorted(
         [
