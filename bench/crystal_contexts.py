@@ -22,8 +22,9 @@ from cllm_spheres_bench.machine import facts, markdown, results_folder, told, wr
 
 from cllm_spheres.crystal.similarity import nearest
 from cllm_spheres.errors import InputError
+from cllm_spheres.text.cache import prepare_cached
 from cllm_spheres.text.frequency import frequency_order
-from cllm_spheres.text.prepared import Prepared, prepare_cached
+from cllm_spheres.text.prepared import Prepared
 
 NEIGHBOURS = 16
 VOCABULARIES = (1024, 4096)

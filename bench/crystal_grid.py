@@ -25,7 +25,8 @@ from cllm_spheres.crystal.lattice import features
 from cllm_spheres.crystal.similarity import nearest
 from cllm_spheres.errors import InputError
 from cllm_spheres.model.dtypes import choose
-from cllm_spheres.text.prepared import Prepared, prepare_cached
+from cllm_spheres.text.cache import prepare_cached
+from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.numerics import ARITHMETIC
 
 PLAIN = "cross-entropy"

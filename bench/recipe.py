@@ -27,7 +27,8 @@ import numpy as np
 
 import cllm_spheres
 from cllm_spheres.model import dtypes
-from cllm_spheres.text.prepared import Prepared, prepare_cached
+from cllm_spheres.text.cache import prepare_cached
+from cllm_spheres.text.prepared import Prepared
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)

@@ -9,7 +9,8 @@ from pathlib import Path
 from cllm_spheres.config import Config, build, preset_values
 from cllm_spheres.errors import InputError, nearest
 from cllm_spheres.model.layout import Shape, tensor_shapes
-from cllm_spheres.text.prepared import Prepared, cache_folder, prepare_cached
+from cllm_spheres.text.cache import cache_folder, prepare_cached
+from cllm_spheres.text.prepared import Prepared
 
 STEPS = 1_000_000  # the horizon of the schedule: no run reaches its end
 WARMUP = 10  # so that the losses have moved by the step where they are compared

@@ -9,7 +9,8 @@ import pytest
 
 from cllm_spheres import caches
 from cllm_spheres.doctor import needs
-from cllm_spheres.text.prepared import cache_folder
+from cllm_spheres.errors import InputError
+from cllm_spheres.text.cache import cache_folder
 
 
 @pytest.fixture
@@ -53,7 +54,9 @@ def test_text_follows_the_kernels_where_the_home_folder_cannot_be_written_and_th
 def test_where_nothing_can_be_kept_the_doctor_does_not_say_that_training_will_work(places):
     close(places / "home")
     close(places / "temporary")
-    assert caches.folder() is None and cache_folder() is None
+    assert caches.folder() is None
+    with pytest.raises(InputError, match=r"Prepared text cannot be kept: .* XDG_CACHE_HOME"):
+        cache_folder()
     state, found, advice = needs.look_at_text_cache()
     assert state == "bad" and "cannot be made" in found and "prepare PATH --out DIR" in advice
 

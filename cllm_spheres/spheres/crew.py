@@ -203,7 +203,7 @@ class Crew:
     def kill(self) -> None:
         """SIGKILL for the server and all workers, and their end confirmed, unless the kernel holds them."""
         self.server.group.signal(signal.SIGKILL)
-        self._listener.join()
+        self._listener.join(2 * ENDS_WITHIN_S)
         if self.server.group.wait(ENDS_WITHIN_S) is not None:
             self.server.close()
 

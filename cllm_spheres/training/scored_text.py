@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from cllm_spheres.checkpoint.checkpoint import Checkpoint
 from cllm_spheres.errors import InputError, nearest
+from cllm_spheres.text.cache import prepare_cached
 from cllm_spheres.text.files import describe_skipped
 from cllm_spheres.text.folder import is_prepared
 from cllm_spheres.text.prepare import Progress
-from cllm_spheres.text.prepared import Prepared, prepare_cached
+from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.text.tokenizer import Tokenizer
 from cllm_spheres.training.folder import read_config
 

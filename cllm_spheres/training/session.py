@@ -15,9 +15,10 @@ from cllm_spheres.config import OFF_AT_0, Config, merge, read_toml
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.exchange.source import open_source
 from cllm_spheres.faults import parse
+from cllm_spheres.text.cache import prepare_cached
 from cllm_spheres.text.embedded import minimal_text
 from cllm_spheres.text.folder import is_prepared, read_regular
-from cllm_spheres.text.prepared import Prepared, prepare_cached
+from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import folder
 from cllm_spheres.training.beginning import origin_of, tokenizer_of, with_model
 from cllm_spheres.training.folder import Plan

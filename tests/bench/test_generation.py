@@ -12,7 +12,7 @@ from cllm_spheres_bench.generation_report import report
 from cllm_spheres_bench.sizes import Size
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.text.prepared import prepare_cached
+from cllm_spheres.text.cache import prepare_cached
 from tests.inference.conftest import random_model
 from tests.runs import text
 

@@ -13,7 +13,7 @@ from cllm_spheres_cli.cache import cache as command
 
 from cllm_spheres import caches
 from cllm_spheres.doctor import cached
-from cllm_spheres.text.prepared import prepare_cached
+from cllm_spheres.text.cache import prepare_cached
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pytest
 from cllm_spheres.errors import InputError
 from cllm_spheres.text import folder as folders
 from cllm_spheres.text import prepare as prepare_module
+from cllm_spheres.text.cache import cache_folder, prepare_cached
 from cllm_spheres.text.embedded import embedded_files, minimal_text
 from cllm_spheres.text.prepare import prepare
-from cllm_spheres.text.prepared import Prepared, cache_folder, prepare_cached
+from cllm_spheres.text.prepared import Prepared
 
 TEXT = "one two three four\n" * 50
 
