@@ -29,7 +29,7 @@ import llvmlite.ir as ir
 import numba
 import numpy as np
 from numba import types
-from numba.core import caching, registry, sigutils
+from numba.core import caching, cgutils, registry, sigutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
@@ -187,6 +187,12 @@ def element(function: Any) -> Any:
     So it has the same bits in a vector, alone, and in every kernel.
     """
     return _jit(function, nogil=True, forceinline=True)
+
+
+@intrinsic
+def pointer(typing_context, address):
+    """An address as a pointer that numba.carray takes, for jitted code."""
+    return types.voidptr(types.int64), lambda c, b, s, a: b.inttoptr(a[0], cgutils.voidptr_t)
 
 
 def at_address(signature: Any) -> Any:

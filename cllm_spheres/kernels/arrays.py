@@ -6,9 +6,8 @@ import numpy as np
 from numba import carray, types
 
 from cllm_spheres.crystal import lanes as L
-from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.jit import kernel, pointer
 from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
-from cllm_spheres.text.batches import pointer
 
 f4 = np.float32
 _i8, _f4 = types.int64, types.float32

@@ -10,9 +10,8 @@ import numpy as np
 from numba import carray, types
 
 from cllm_spheres.crystal.functions.bits import bits_of_float
-from cllm_spheres.crystal.jit import entry, kernel, reduction
+from cllm_spheres.crystal.jit import entry, kernel, pointer, reduction
 from cllm_spheres.kernels.arrays import exp_of_difference, f4, floats
-from cllm_spheres.text.batches import pointer
 
 _i4, _i8, _d8 = np.int32, types.int64, types.float64
 _SIGN_OFF, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)

@@ -15,11 +15,10 @@ from numba import carray, types
 
 from cllm_spheres.crystal.cpu import has
 from cllm_spheres.crystal.functions.bits import bits_of_float
-from cllm_spheres.crystal.jit import entry, kernel
+from cllm_spheres.crystal.jit import entry, kernel, pointer
 from cllm_spheres.kernels.arrays import copy_floats, f4, floats
 from cllm_spheres.kernels.sizes import TILE_COLUMNS, TILE_ROWS
 from cllm_spheres.kernels.tiles import LANES, pack_columns, pack_rows, tile, tile_of_halves
-from cllm_spheres.text.batches import pointer
 
 _i8 = types.int64
 # As many rows as the sums of a tile fit the registers: 32 of 16 floats, elsewhere 16 of 8 or 32 of 4.

@@ -9,18 +9,10 @@ sequence n * batch_size + b, which may already belong to the next epoch.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray
 
-from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.jit import kernel, pointer
 from cllm_spheres.crystal.random import PURPOSE_OFFSET, PURPOSE_ORDER, below, key_of, permuted
-
-
-@intrinsic
-def pointer(typing_context, address):
-    """An address as a pointer that carray takes."""
-    return types.voidptr(types.int64), lambda c, b, s, a: b.inttoptr(a[0], cgutils.voidptr_t)
 
 
 @kernel
