@@ -14,18 +14,38 @@ from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import integers
 from cllm_spheres.kernels.sizes import HEADER_WORDS
 
-KINDS = (
-    "begin", "pack", "wait", "gather", "update", "read tokens", "embedding", "layer norm", "qkv", "attention",
-    "attention projection", "feed-forward up", "gelu", "feed-forward down", "head", "linear dx", "linear dw",
-    "linear backward", "gelu backward", "attention backward", "layer norm backward", "rearrange",
-    "bias and residual backward", "embedding backward",
-)  # fmt: skip
-(
-    BEGIN, PACK, WAIT, GATHER, UPDATE, READ, EMBED, NORM, QKV, ATTENTION,
-    PROJECTION, UP, GELU, DOWN, HEAD, DX, DW,
-    LINEAR_BACKWARD, GELU_BACKWARD, ATTENTION_BACKWARD, NORM_BACKWARD, REARRANGE,
-    RESIDUAL, EMBED_BACKWARD,
-) = range(len(KINDS))  # fmt: skip
+KINDS: list[str] = []  # what each kind is called in a profile
+
+
+def _kind(name: str) -> int:
+    KINDS.append(name)
+    return len(KINDS) - 1
+
+
+BEGIN = _kind("begin")
+PACK = _kind("pack")
+WAIT = _kind("wait")
+GATHER = _kind("gather")
+UPDATE = _kind("update")
+READ = _kind("read tokens")
+EMBED = _kind("embedding")
+NORM = _kind("layer norm")
+QKV = _kind("qkv")
+ATTENTION = _kind("attention")
+PROJECTION = _kind("attention projection")
+UP = _kind("feed-forward up")
+GELU = _kind("gelu")
+DOWN = _kind("feed-forward down")
+HEAD = _kind("head")
+DX = _kind("linear dx")
+DW = _kind("linear dw")
+LINEAR_BACKWARD = _kind("linear backward")
+GELU_BACKWARD = _kind("gelu backward")
+ATTENTION_BACKWARD = _kind("attention backward")
+NORM_BACKWARD = _kind("layer norm backward")
+REARRANGE = _kind("rearrange")
+RESIDUAL = _kind("bias and residual backward")
+EMBED_BACKWARD = _kind("embedding backward")
 SPHERE = 1 << 20
 MONOTONIC = 1
 _i8 = types.int64

@@ -1,49 +1,46 @@
 """What a worker knows, as one array of int64, and how it waits for the others.
 
-x is that array: numbers, then addresses, in the order of FIELDS. A barrier is a counter and a futex word: whoever
+x is that array; an index into it is a member of `Context`. A barrier is a counter and a futex word: whoever
 arrives last releases the others, and may do before what has to be done once.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.trace import clock_ns
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import add, load, pause, store, wait_while, wake_all
 
-# What a worker knows, int64: numbers, then addresses.
-FIELDS = (
-    "worker", "num_workers", "num_spheres", "first_block", "last_block", "num_blocks", "decaying_blocks", "spin",
-    "batch_size", "block_size", "seed", "optimizer", "skip_nonfinite", "has_dropout", "stride", "item_bytes",
-    "train_tokens", "val_tokens", "num_tensors", "pack_units", "keeps_sum", "layers", "num_faults",
-    "control", "decision", "workers", "spheres", "ring", "rates", "window_starts", "window_lengths",
-    "window_firsts", "window_losses", "window_hits", "norms", "updated", "slots", "slot", "faults",
-    "params", "moments", "squares", "gradient", "packed", "segments",
-    "block_sum", "geometry", "arena", "train", "val", "inputs", "targets", "places", "values", "constants",
-    "compute_shard", "evaluate_window", "pack_unit", "trace", "soft",
-)  # fmt: skip
-(
-    WORKER, NUM_WORKERS, NUM_SPHERES, FIRST_BLOCK, LAST_BLOCK, NUM_BLOCKS, DECAYING_BLOCKS, SPIN,
-    BATCH_SIZE, BLOCK_SIZE, SEED, OPTIMIZER, SKIP_NONFINITE, HAS_DROPOUT, STRIDE, ITEM_BYTES,
-    TRAIN_TOKENS, VAL_TOKENS, NUM_TENSORS, PACK_UNITS, KEEPS_SUM, LAYERS, NUM_FAULTS,
-    CONTROL, DECISION, WORKERS, SPHERES, RING_AT, RATES, WINDOW_STARTS, WINDOW_LENGTHS,
-    WINDOW_FIRSTS, WINDOW_LOSSES, WINDOW_HITS, NORMS, UPDATED, SLOTS, SLOT, FAULTS,
-    PARAMS, MOMENTS, SQUARES, GRADIENT, PACKED, SEGMENTS,
-    BLOCK_SUM, GEOMETRY, ARENA, TRAIN, VAL, INPUTS, TARGETS, PLACES, VALUES, CONSTANTS,
-    COMPUTE_SHARD, EVALUATE_WINDOW, PACK_UNIT, TRACE, SOFT,
-) = range(len(FIELDS))  # fmt: skip
+# Indices into what a worker knows: numbers, then addresses.
+Context = IntEnum(
+    "Context",
+    """
+    WORKER NUM_WORKERS NUM_SPHERES FIRST_BLOCK LAST_BLOCK NUM_BLOCKS DECAYING_BLOCKS SPIN
+    BATCH_SIZE BLOCK_SIZE SEED OPTIMIZER SKIP_NONFINITE HAS_DROPOUT STRIDE ITEM_BYTES
+    TRAIN_TOKENS VAL_TOKENS NUM_TENSORS PACK_UNITS KEEPS_SUM LAYERS NUM_FAULTS
+    CONTROL DECISION WORKERS SPHERES RING RATES WINDOW_STARTS WINDOW_LENGTHS
+    WINDOW_FIRSTS WINDOW_LOSSES WINDOW_HITS NORMS UPDATED SLOTS SLOT FAULTS
+    PARAMS MOMENTS SQUARES GRADIENT PACKED SEGMENTS
+    BLOCK_SUM GEOMETRY ARENA TRAIN VAL INPUTS TARGETS PLACES VALUES CONSTANTS
+    COMPUTE_SHARD EVALUATE_WINDOW PACK_UNIT TRACE SOFT
+    """,
+    start=0,
+)
+CONTEXT_WORDS = len(Context)
 
 
 @kernel
 def word(x, line):
     """The address of a control word."""
-    return x[CONTROL] + line * M.LINE
+    return x[Context.CONTROL] + line * M.LINE
 
 
 @kernel
 def mine(x, index):
     """The address of one of this worker's words."""
-    return x[WORKERS] + (x[WORKER] * M.WORKER_WORDS + index) * 8
+    return x[Context.WORKERS] + (x[Context.WORKER] * M.WORKER_WORDS + index) * 8
 
 
 @kernel
@@ -54,7 +51,7 @@ def now(x):
 
 @kernel
 def say(x, state):
-    """Publish what this worker does: one of the numbers of M.STATES."""
+    """Publish what this worker does: a member of M.State."""
     store(mine(x, M.W_STATE), state)
 
 
@@ -69,7 +66,7 @@ def ring_bell(x):
 def arrive(x):
     """Come to the barrier; True for the last, who must `release` the others."""
     store(mine(x, M.W_ARRIVED), load(word(x, M.RELEASE)) + 1)
-    return add(word(x, M.ARRIVED), 1) + 1 == x[NUM_WORKERS]
+    return add(word(x, M.ARRIVED), 1) + 1 == x[Context.NUM_WORKERS]
 
 
 @kernel
@@ -77,16 +74,16 @@ def release(x):
     """Let the others go on from the barrier."""
     store(word(x, M.ARRIVED), 0)
     add(word(x, M.RELEASE), 1)
-    if x[NUM_WORKERS] > 1:
+    if x[Context.NUM_WORKERS] > 1:
         wake_all(word(x, M.RELEASE))
 
 
 @kernel
 def wait_for_release(x, seen):
     """Wait at the barrier where RELEASE was `seen`; False where the command was aborted meanwhile."""
-    say(x, M.S_WAITING)
+    say(x, M.State.WAITING)
     address = word(x, M.RELEASE)
-    for _ in range(x[SPIN]):
+    for _ in range(x[Context.SPIN]):
         if load(address) != seen:
             return True
         pause()

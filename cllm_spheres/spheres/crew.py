@@ -137,7 +137,7 @@ class Crew:
             self.server = start_server()
             self._attach()
         words = self.memory.worker_words()
-        words[workers, M.W_READY], words[workers, M.W_STATE] = 0, M.S_STARTING
+        words[workers, M.W_READY], words[workers, M.W_STATE] = 0, M.State.STARTING
         with self._lock:
             if not self.server_gone:  # else the new one has ended already: that is noticed next
                 self._asked |= set(workers)

@@ -21,17 +21,29 @@ from cllm_spheres.kernels.arrays import doubles, integers
 from cllm_spheres.kernels.optimizer import DECISION_WORDS
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import geometry as G
-from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import phases
 from cllm_spheres.spheres.atomics import add, load, store, wait_while
+from cllm_spheres.spheres.context import (
+    CONTEXT_WORDS,
+    arrive,
+    meet,
+    mine,
+    now,
+    release,
+    ring_bell,
+    say,
+    wait_for_release,
+    word,
+)  # fmt: skip
+from cllm_spheres.spheres.context import Context as C
 from cllm_spheres.spheres.firing import fire
 
 
 @kernel
 def _begin_trace(x, step):
     """The address of this worker's trace in the step that is to be traced, else 0; the kernels find it in the card."""
-    wanted = x[C.TRACE] != 0 and load(C.word(x, M.TRACED_STEP)) == step
+    wanted = x[C.TRACE] != 0 and load(word(x, M.TRACED_STEP)) == step
     trace = x[C.TRACE] if wanted else 0
     integers(x[C.GEOMETRY], 1)[G.TRACE] = trace
     if wanted:
@@ -41,46 +53,46 @@ def _begin_trace(x, step):
 
 
 @kernel
-def _spent(x, word, since):
-    """Add the time since then to one of this worker's words; returns now."""
-    now = C.now(x)
-    integers(C.mine(x, word), 1)[0] += now - since
-    return now
+def _spent(x, index, since):
+    """Add the time since then to one of this worker's words; returns what time it is now."""
+    end = now(x)
+    integers(mine(x, index), 1)[0] += end - since
+    return end
 
 
 @kernel
 def _compute_and_decide(x, step, index, trace):
     """Everything of a step before its update; False where aborted."""
-    at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
+    at = x[C.RING] + index * M.RECORD_WORDS * 8
     record = integers(at, M.RECORD_WORDS)
-    start = packed = computing = C.now(x)
+    start = packed = computing = now(x)
     if x[C.PACK_UNITS] > 0:
-        C.say(x, M.S_PACKING)
+        say(x, M.State.PACKING)
         phases.pack(x)
         mark(trace, T.PACK)
         packed = _spent(x, M.W_PACK_NS, start)
-        if not C.meet(x):
+        if not meet(x):
             return False
         mark(trace, T.WAIT)
         computing = _spent(x, M.W_WAIT_NS, packed)
-    C.say(x, M.S_COMPUTING)
+    say(x, M.State.COMPUTING)
     if not phases.compute(x, step, trace):
         return False
     computed = _spent(x, M.W_COMPUTE_NS, computing)
 
-    seen = load(C.word(x, M.RELEASE))
-    last = C.arrive(x)
+    seen = load(word(x, M.RELEASE))
+    last = arrive(x)
     fire(x, F.BARRIER, step)
     if last:
-        record[M.R_COMPUTED_NS] = C.now(x)
+        record[M.R_COMPUTED_NS] = now(x)
         for total in (M.R_PACK_SUM, M.R_COMPUTE_SUM, M.R_GATHER_SUM, M.R_UPDATE_SUM):
             record[total] = 0
-        C.release(x)
-    elif not C.wait_for_release(x, seen):
+        release(x)
+    elif not wait_for_release(x, seen):
         return False
     mark(trace, T.WAIT)
     gathering = _spent(x, M.W_WAIT_NS, computed)
-    C.say(x, M.S_GATHERING)
+    say(x, M.State.GATHERING)
     phases.gather(x, step)
     mark(trace, T.GATHER)
     gathered = _spent(x, M.W_GATHER_NS, gathering)
@@ -88,12 +100,12 @@ def _compute_and_decide(x, step, index, trace):
     add(at + 8 * M.R_COMPUTE_SUM, computed - computing)
     add(at + 8 * M.R_GATHER_SUM, gathered - gathering)
 
-    seen = load(C.word(x, M.RELEASE))
-    if C.arrive(x):
-        record[M.R_GATHERED_NS] = C.now(x)
+    seen = load(word(x, M.RELEASE))
+    if arrive(x):
+        record[M.R_GATHERED_NS] = now(x)
         phases.decide(x, step, index)
-        C.release(x)
-    elif not C.wait_for_release(x, seen):
+        release(x)
+    elif not wait_for_release(x, seen):
         return False
     mark(trace, T.WAIT)
     _spent(x, M.W_WAIT_NS, gathered)
@@ -103,19 +115,19 @@ def _compute_and_decide(x, step, index, trace):
 @kernel
 def _update_and_finish(x, step, index, verdict, trace):
     """The rest of a step; False where aborted."""
-    start = C.now(x)
-    C.say(x, M.S_UPDATING)
+    start = now(x)
+    say(x, M.State.UPDATING)
     if verdict == phases.UPDATE:
         phases.update(x, step)
     mark(trace, T.UPDATE)
     updated = _spent(x, M.W_UPDATE_NS, start)
-    add(x[C.RING_AT] + 8 * (index * M.RECORD_WORDS + M.R_UPDATE_SUM), updated - start)
+    add(x[C.RING] + 8 * (index * M.RECORD_WORDS + M.R_UPDATE_SUM), updated - start)
 
-    seen = load(C.word(x, M.RELEASE))
-    if C.arrive(x):
+    seen = load(word(x, M.RELEASE))
+    if arrive(x):
         phases.finish(x, step, index)
-        C.release(x)
-    elif not C.wait_for_release(x, seen):
+        release(x)
+    elif not wait_for_release(x, seen):
         return False
     mark(trace, T.WAIT)
     _spent(x, M.W_WAIT_NS, updated)
@@ -125,26 +137,26 @@ def _update_and_finish(x, step, index, verdict, trace):
 @kernel
 def _steps(x, first, last):
     """Steps first .. last - 1; False where the command was aborted."""
-    base = load(C.word(x, M.BASE))
+    base = load(word(x, M.BASE))
     for step in range(first, last):
         index = step - base
         trace = _begin_trace(x, step)
         if index == 0 and x[C.WORKER] == 0:
-            store(C.word(x, M.STEP_START), C.now(x))
-        if load(C.word(x, M.GATE)) < step:
+            store(word(x, M.STEP_START), now(x))
+        if load(word(x, M.GATE)) < step:
             if not _compute_and_decide(x, step, index, trace):
                 return False
         else:  # an update was interrupted: only the rest of it is due
-            C.say(x, M.S_UPDATING)
+            say(x, M.State.UPDATING)
             phases.repair(x, step)
-            if not C.meet(x):
+            if not meet(x):
                 return False
         verdict = doubles(x[C.DECISION], DECISION_WORDS)[phases.D_VERDICT]
         if verdict == phases.END:
             return True
         if not _update_and_finish(x, step, index, verdict, trace):
             return False
-        if load(C.word(x, M.HALT)) != 0:
+        if load(word(x, M.HALT)) != 0:
             return True
     return True
 
@@ -153,30 +165,30 @@ def _steps(x, first, last):
 def _evaluate(x, first, last):
     """The losses of the pinned windows first .. last - 1; False where aborted before."""
     if x[C.PACK_UNITS] > 0:
-        C.say(x, M.S_PACKING)
+        say(x, M.State.PACKING)
         phases.pack(x)
-        if not C.meet(x):
+        if not meet(x):
             return False
-    C.say(x, M.S_EVALUATING)
+    say(x, M.State.EVALUATING)
     return phases.evaluate(x, first, last)
 
 
 @entry(types.int64(types.int64))
 def work(context):
-    """A worker's life: commands until EXIT. context: the address of int64[len(C.FIELDS)]. Returns 0."""
-    x = integers(context, len(C.FIELDS))
-    last_command = load(C.word(x, M.COMMAND))  # of one that replaces another: a command that was aborted
-    store(C.mine(x, M.W_LEFT), last_command)
-    C.say(x, M.S_IDLE)
-    store(C.mine(x, M.W_READY), 1)
-    C.ring_bell(x)
+    """A worker's life: commands until EXIT. context: the address of int64[CONTEXT_WORDS]. Returns 0."""
+    x = integers(context, CONTEXT_WORDS)
+    last_command = load(word(x, M.COMMAND))  # of one that replaces another: a command that was aborted
+    store(mine(x, M.W_LEFT), last_command)
+    say(x, M.State.IDLE)
+    store(mine(x, M.W_READY), 1)
+    ring_bell(x)
     while True:
-        while load(C.word(x, M.COMMAND)) == last_command:
-            wait_while(C.word(x, M.COMMAND), last_command, C.word(x, M.LONG_TIMEOUT))
-        last_command = load(C.word(x, M.COMMAND))
-        kind, first, last = load(C.word(x, M.KIND)), load(C.word(x, M.FIRST)), load(C.word(x, M.LAST))
+        while load(word(x, M.COMMAND)) == last_command:
+            wait_while(word(x, M.COMMAND), last_command, word(x, M.LONG_TIMEOUT))
+        last_command = load(word(x, M.COMMAND))
+        kind, first, last = load(word(x, M.KIND)), load(word(x, M.FIRST)), load(word(x, M.LAST))
         if kind == M.EXIT:
-            C.say(x, M.S_ENDED)
+            say(x, M.State.ENDED)
             return 0
         whole = True
         if kind == M.STEPS:
@@ -187,19 +199,19 @@ def work(context):
             phases.rehearse(x)
         elif kind == M.MEET:  # barriers and nothing else, to be timed
             for _ in range(first, last):
-                whole = whole and C.meet(x)
+                whole = whole and meet(x)
         elif kind == M.INITIALISE:
             phases.initialise(x)
         if whole:
-            C.say(x, M.S_IDLE)
-            seen = load(C.word(x, M.RELEASE))
-            if C.arrive(x):
-                store(C.word(x, M.FINISHED), last_command)
-                C.release(x)
-                C.ring_bell(x)
+            say(x, M.State.IDLE)
+            seen = load(word(x, M.RELEASE))
+            if arrive(x):
+                store(word(x, M.FINISHED), last_command)
+                release(x)
+                ring_bell(x)
             else:
-                C.wait_for_release(x, seen)
-        C.say(x, M.S_IDLE)
-        store(C.mine(x, M.W_LEFT), last_command)
-        if load(C.word(x, M.ABORT)) != 0:
-            C.ring_bell(x)
+                wait_for_release(x, seen)
+        say(x, M.State.IDLE)
+        store(mine(x, M.W_LEFT), last_command)
+        if load(word(x, M.ABORT)) != 0:
+            ring_bell(x)

@@ -12,9 +12,10 @@ from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels import progress as P
 from cllm_spheres.kernels.arrays import doubles, integers
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
-from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import exchange_if
+from cllm_spheres.spheres.context import Context as C
+from cllm_spheres.spheres.context import mine
 
 
 @kernel
@@ -32,7 +33,7 @@ def _take(x, phase, step, sphere):
 @kernel
 def arm(x, step, sphere):
     """Before a shard is computed: set what happens in the middle of its forward or backward. True: it gives NaN."""
-    progress = integers(C.mine(x, M.W_PROGRESS), PROGRESS_WORDS)
+    progress = integers(mine(x, M.W_PROGRESS), PROGRESS_WORDS)
     middle = progress[0] + (x[C.LAYERS] + 1) // 2
     forward, backward = _take(x, F.FORWARD, step, sphere), _take(x, F.BACKWARD, step, sphere)
     progress[P.FORWARD], progress[P.FORWARD + 1] = middle, forward

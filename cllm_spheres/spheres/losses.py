@@ -48,7 +48,7 @@ class Losses:
         words = self.memory.worker_words()[ended.worker]
         sphere = int(words[M.W_SPHERE])
         unfinished = self.memory.sphere_words()[sphere, M.P_COMPLETE] != step
-        if words[M.W_STATE] == M.S_COMPUTING and unfinished and not starved:
+        if words[M.W_STATE] == M.State.COMPUTING and unfinished and not starved:
             self._of[sphere] += 1
             if self._of[sphere] >= MOST_DEATHS:
                 raise SphereLost(
@@ -107,7 +107,7 @@ class Losses:
 
     def state(self, worker: int) -> str:
         """What it says it does, or did."""
-        return M.STATES[int(self.memory.worker_words()[worker, M.W_STATE])]
+        return M.State(int(self.memory.worker_words()[worker, M.W_STATE])).name.lower()
 
     def names(self, worker: int) -> str:
         """ "spheres 1, 4 of worker 1" """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -58,8 +59,7 @@ HALT_STOP, HALT_NONFINITE = 1, 2
 WORKER_WORDS = 24
 assert W_PROGRESS + PROGRESS_WORDS <= WORKER_WORDS
 # States of a worker.
-STATES = ("starting", "idle", "packing", "computing", "waiting", "gathering", "updating", "evaluating", "ended")
-S_STARTING, S_IDLE, S_PACKING, S_COMPUTING, S_WAITING, S_GATHERING, S_UPDATING, S_EVALUATING, S_ENDED = range(9)
+State = IntEnum("State", "STARTING IDLE PACKING COMPUTING WAITING GATHERING UPDATING EVALUATING ENDED", start=0)
 
 # Words of a sphere, one line each.
 P_COMPLETE, P_LOSS, P_CROSS_ENTROPY, P_BUSY_NS, P_TOKENS = range(5)
@@ -73,8 +73,8 @@ FAULT_WORDS = 8
 (
     R_STEP, R_LOSS, R_CROSS_ENTROPY, R_NORM, R_CLIPPED, R_LR, R_SKIPPED, R_START_NS, R_COMPUTED_NS, R_GATHERED_NS,
     R_END_NS, R_REAL_NS, R_COMPUTE_SUM, R_GATHER_SUM, R_UPDATE_SUM, R_PACK_SUM, R_APPLIED,
-) = range(17)  # fmt: skip
-RECORD_WORDS = 17
+    RECORD_WORDS,
+) = range(18)  # fmt: skip
 RING = 4096  # steps that a command has at most
 ERROR_BYTES = 1024  # what a worker can say of an exception
 

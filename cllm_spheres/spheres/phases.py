@@ -39,9 +39,10 @@ from cllm_spheres.kernels.optimizer import (
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.trace import clock_ns, mark
 from cllm_spheres.model.initialise import initialise_block
-from cllm_spheres.spheres import context as C
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import exchange_if, load, store
+from cllm_spheres.spheres.context import Context as C
+from cllm_spheres.spheres.context import mine, now, word
 from cllm_spheres.spheres.firing import arm, fire
 from cllm_spheres.text.batches import read_window, shard, window_start
 
@@ -91,10 +92,10 @@ def compute(x, step, trace):
         words = x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8
         if load(words + 8 * M.P_COMPLETE) == step:
             continue
-        if load(C.word(x, M.ABORT)) != 0:
+        if load(word(x, M.ABORT)) != 0:
             return False
-        start = C.now(x)
-        store(C.mine(x, M.W_SPHERE), sphere)
+        start = now(x)
+        store(mine(x, M.W_SPHERE), sphere)
         poisons = arm(x, step, sphere)
         mark(trace, T.SPHERE + sphere)
         first, count = shard(x[C.BATCH_SIZE], x[C.NUM_SPHERES], sphere)
@@ -109,12 +110,12 @@ def compute(x, step, trace):
             x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
             x[C.TARGETS], count, length, scale, key, first, x[C.SOFT], words + 8 * M.P_CROSS_ENTROPY,
-            C.mine(x, M.W_PROGRESS),
+            mine(x, M.W_PROGRESS),
         )  # fmt: skip
         if poisons:
             floats(x[C.SEGMENTS] + sphere * x[C.STRIDE], 1)[0] = np.nan
         doubles(words, M.SPHERE_WORDS)[M.P_LOSS] = loss
-        integers(words, M.SPHERE_WORDS)[M.P_BUSY_NS] += C.now(x) - start
+        integers(words, M.SPHERE_WORDS)[M.P_BUSY_NS] += now(x) - start
         integers(words, M.SPHERE_WORDS)[M.P_TOKENS] += count * length
         store(words + 8 * M.P_COMPLETE, step)
     return True
@@ -160,29 +161,29 @@ def decide(x, step, index):
     constants = doubles(x[C.CONSTANTS], 4)
     factor = clip_factor(norm, constants[K_CLIP])
     rate = doubles(x[C.RATES], M.RING)[index]
-    t = load(C.word(x, M.APPLIED)) + 1
+    t = load(word(x, M.APPLIED)) + 1
     d = doubles(x[C.DECISION], DECISION_WORDS)
     d[D_FACTOR] = factor
     d[D_LR] = rate
     d[D_BETA1], d[D_BETA2], d[D_DECAY] = constants[K_BETA1], constants[K_BETA2], constants[K_DECAY]
     d[D_CORRECTION_1] = 1.0 - power(constants[K_BETA1], t)
     d[D_CORRECTION_2] = 1.0 - power(constants[K_BETA2], t)
-    record = doubles(x[C.RING_AT] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
+    record = doubles(x[C.RING] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
     record[M.R_LOSS] = loss / (x[C.BATCH_SIZE] * x[C.BLOCK_SIZE])
     record[M.R_CROSS_ENTROPY] = cross_entropy / (x[C.BATCH_SIZE] * x[C.BLOCK_SIZE])
     record[M.R_NORM] = norm
     record[M.R_CLIPPED] = norm * factor
     record[M.R_LR] = rate
     finite = np.isfinite(norm) and np.isfinite(loss)
-    numbers = integers(x[C.RING_AT] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
+    numbers = integers(x[C.RING] + index * M.RECORD_WORDS * 8, M.RECORD_WORDS)
     numbers[M.R_SKIPPED] = 0 if finite else 1
     numbers[M.R_APPLIED] = t if finite else t - 1
     d[D_VERDICT] = UPDATE if finite else SKIP
     # No later step can work where the weights themselves are not finite.
     if not finite and not (x[C.SKIP_NONFINITE] and _finite(floats(x[C.PARAMS], x[C.NUM_BLOCKS] * BLOCK))):
         d[D_VERDICT] = END
-        store(C.word(x, M.HALT), M.HALT_NONFINITE)
-    elif exchange_if(C.word(x, M.GATE), step - 1, step) != step - 1:
+        store(word(x, M.HALT), M.HALT_NONFINITE)
+    elif exchange_if(word(x, M.GATE), step - 1, step) != step - 1:
         d[D_VERDICT] = END
 
 
@@ -201,7 +202,7 @@ def update(x, step):
             x[C.OPTIMIZER], x[C.DECISION], gradient, x[C.PARAMS], x[C.MOMENTS], x[C.SQUARES], x[C.SLOT], block,
             1 if block < x[C.DECAYING_BLOCKS] else 0,
         )  # fmt: skip
-        store(C.mine(x, M.W_SLOT), step * x[C.NUM_BLOCKS] + block)
+        store(mine(x, M.W_SLOT), step * x[C.NUM_BLOCKS] + block)
         if fault_due and block >= half:
             fault_due = False
             if fire(x, F.UPDATE, step) == F.NAN:
@@ -229,18 +230,18 @@ def repair(x, step):
 @kernel
 def finish(x, step, index):
     """After the update, once: the step is whole, its record is written."""
-    at = x[C.RING_AT] + index * M.RECORD_WORDS * 8
+    at = x[C.RING] + index * M.RECORD_WORDS * 8
     record = integers(at, M.RECORD_WORDS)
-    now = C.now(x)
-    record[M.R_START_NS] = load(C.word(x, M.STEP_START))
-    record[M.R_END_NS] = now
-    record[M.R_REAL_NS] = clock_ns(0, C.mine(x, M.W_CLOCK))
-    store(C.word(x, M.APPLIED), record[M.R_APPLIED])
+    end = now(x)
+    record[M.R_START_NS] = load(word(x, M.STEP_START))
+    record[M.R_END_NS] = end
+    record[M.R_REAL_NS] = clock_ns(0, mine(x, M.W_CLOCK))
+    store(word(x, M.APPLIED), record[M.R_APPLIED])
     store(at + 8 * M.R_STEP, step)
-    store(C.word(x, M.STEP_START), now)
-    store(C.word(x, M.DONE), step)
-    if load(C.word(x, M.STOP)) != 0:
-        store(C.word(x, M.HALT), M.HALT_STOP)
+    store(word(x, M.STEP_START), end)
+    store(word(x, M.DONE), step)
+    if load(word(x, M.STOP)) != 0:
+        store(word(x, M.HALT), M.HALT_STOP)
 
 
 @kernel
@@ -249,7 +250,7 @@ def evaluate(x, first, last):
     starts, lengths = integers(x[C.WINDOW_STARTS], last), integers(x[C.WINDOW_LENGTHS], last)
     firsts, losses = integers(x[C.WINDOW_FIRSTS], last), doubles(x[C.WINDOW_LOSSES], last)
     for i in range(first + x[C.WORKER], last, x[C.NUM_WORKERS]):
-        if load(C.word(x, M.ABORT)) != 0:
+        if load(word(x, M.ABORT)) != 0:
             return False
         read_window(
             x[C.VAL],
@@ -262,7 +263,7 @@ def evaluate(x, first, last):
         losses[i] = _evaluate_window(
             x[C.EVALUATE_WINDOW],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.ARENA], x[C.INPUTS], x[C.TARGETS], lengths[i],
-            firsts[i], x[C.WINDOW_HITS] + 8 * i, C.mine(x, M.W_PROGRESS),
+            firsts[i], x[C.WINDOW_HITS] + 8 * i, mine(x, M.W_PROGRESS),
         )  # fmt: skip
     return True
 
@@ -275,16 +276,16 @@ def rehearse(x):
         tokens(x[C.INPUTS], length)[t] = 0
         tokens(x[C.TARGETS], length)[t] = 0
     least = np.int64(1) << 62
-    begin = C.now(x)
+    begin = now(x)
     for turn in range(20):
-        start = C.now(x)
+        start = now(x)
         _compute_shard(
             x[C.COMPUTE_SHARD],
             x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + x[C.WORKER] * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
-            x[C.TARGETS], 1, length, 1.0 / length, 0, 0, x[C.SOFT], 0, C.mine(x, M.W_PROGRESS),
+            x[C.TARGETS], 1, length, 1.0 / length, 0, 0, x[C.SOFT], 0, mine(x, M.W_PROGRESS),
         )  # fmt: skip
-        least = min(least, C.now(x) - start)
+        least = min(least, now(x) - start)
         # The first turn takes its pages, too: a second is needed where that can matter.
-        if C.now(x) - begin > (50000000 if turn > 0 else 1000000000):
+        if now(x) - begin > (50000000 if turn > 0 else 1000000000):
             break
-    store(C.mine(x, M.W_REHEARSAL_NS), least)
+    store(mine(x, M.W_REHEARSAL_NS), least)

@@ -36,7 +36,7 @@ class Silence:
         moved = (words != self._words).any(axis=1)
         self._words[:] = words
         # Whoever sleeps at the current barrier waits for others. The last to arrive does not: it has to release them.
-        waits = (words[:, M.W_ARRIVED] > release) & (words[:, M.W_STATE] == M.S_WAITING)
+        waits = (words[:, M.W_ARRIVED] > release) & (words[:, M.W_STATE] == M.State.WAITING)
         # Whoever has left the command is idle, but for the one that must still notice the next.
         waits |= (words[:, M.W_LEFT] == command) | (words[:, M.W_READY] == 0)
         self._silent_s = np.where(moved | waits, 0.0, self._silent_s + passed)

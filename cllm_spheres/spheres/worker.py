@@ -18,9 +18,10 @@ from cllm_spheres.model import dtypes
 from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.initialise import initial_tables
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.spheres import context, engine
+from cllm_spheres.spheres import engine
+from cllm_spheres.spheres.context import Context
 from cllm_spheres.spheres.job import OPTIMIZERS, Job
-from cllm_spheres.spheres.memory import SPHERE_WORDS, WORKER_WORDS, SharedMemory
+from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.topology import hosted, span
 
 SPIN = 2000  # pauses at a barrier before sleeping, about 50 us; none where workers outnumber cores
@@ -76,7 +77,7 @@ class Worker:
         )  # fmt: skip
         if job.trace_marks:
             memory.trace_words(worker)[1] = job.trace_marks
-        self.context = np.array([values_by_name[name] for name in context.FIELDS], np.int64)
+        self.context = np.array([values_by_name[field.name.lower()] for field in Context], np.int64)
         self._keep = (
             shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, soft, memory,
         )  # fmt: skip
@@ -133,7 +134,7 @@ def warm(scratch: Path, dtype: str) -> None:
     )  # fmt: skip
     memory = SharedMemory(job.sizes)
     tiny = Worker(job, memory, 0)
-    x = dict(zip(context.FIELDS, tiny.context.tolist(), strict=True))
+    x = {field.name.lower(): int(tiny.context[field]) for field in Context}
     dtypes.entries(dtype).compute_shard.call(
         x["geometry"],
         x["params"],
@@ -155,4 +156,3 @@ def warm(scratch: Path, dtype: str) -> None:
         0, x["constants"], x["segments"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1
     )  # its result is never committed
     commit_block.call(0, x["params"], x["moments"], x["squares"], x["slot"], 0)
-    assert WORKER_WORDS and SPHERE_WORDS

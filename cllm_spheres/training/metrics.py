@@ -190,7 +190,7 @@ class SphereSampler:
             "kind": "spheres", "step": step, "time": time.time(), "worker": worker,
             "throughput": [round(float(t) / passed, 1) for t in tokens],
             "waiting": [round(float(share[w]), 4) for w in worker],
-            "state": [M.STATES[int(after["workers"][w, M.W_STATE])] for w in worker],
+            "state": [M.State(int(after["workers"][w, M.W_STATE])).name.lower() for w in worker],
             "memory": [segment + own.get(w, 0) // max(1, -(-(job.spheres - w) // job.workers)) for w in worker],
             "cpu_percent": round(100 * (cpu_s - self._cpu_s) / passed, 1),
             "memory_bytes": shared + sum(taken.values()),

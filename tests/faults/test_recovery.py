@@ -286,7 +286,7 @@ def test_a_worker_stopped_in_its_sleep_at_a_barrier_does_not_hold_up_a_recovery(
     while one.node.done < 19:
         one.node.wait_for_bell()
     states = one.node.memory.worker_words()[:3, M.W_STATE]
-    wait_until(lambda: states[0] == states[1] == M.S_WAITING, "two that wait for the third")
+    wait_until(lambda: states[0] == states[1] == M.State.WAITING, "two that wait for the third")
     one.kill(0, number=signal.SIGSTOP)
     one.kill(2)
     one.disturbed(lambda: None)

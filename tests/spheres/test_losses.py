@@ -29,7 +29,7 @@ def losses(monkeypatch):
     )  # fmt: skip
     made = Losses(job, SharedMemory(job.sizes))
     made.kills = kills
-    made.memory.worker_words()[:, M.W_STATE] = M.S_COMPUTING
+    made.memory.worker_words()[:, M.W_STATE] = M.State.COMPUTING
     made.memory.worker_words()[1, M.W_SPHERE] = 3
     return made
 

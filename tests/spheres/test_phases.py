@@ -18,8 +18,9 @@ from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECIS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model.geometry import geometry
 from cllm_spheres.model.layout import Layout, Shape
-from cllm_spheres.spheres import context, phases
 from cllm_spheres.spheres import memory as M
+from cllm_spheres.spheres import phases
+from cllm_spheres.spheres.context import Context
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.worker import Worker
@@ -144,7 +145,7 @@ def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
     spheres.memory.doubles(spheres.regions.norms, layout.num_blocks)[:] = np.nan
     for x in spheres.contexts:
         arena_floats = geometry(layout, largest_shard=spheres.job.largest_shard).arena_floats
-        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[context.ARENA])))
+        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[Context.ARENA])))
         arena[:] = np.nan
     spheres.compute()
     spheres.gather()
@@ -292,16 +293,16 @@ def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, op
     spheres = Spheres(tokens, optimizer=optimizer)
     before, undisturbed = ready(spheres)
     x = spheres.contexts[0]
-    num_blocks = int(x[context.NUM_BLOCKS])
+    num_blocks = int(x[Context.NUM_BLOCKS])
     assert num_blocks >= 5
     for stop in range(num_blocks):
         for copied in (None, 0, 1000, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 3 * BLOCK):
             put_back(spheres, before)
-            x[context.LAST_BLOCK] = stop
+            x[Context.LAST_BLOCK] = stop
             phases.update(x, STEP)
             if copied is not None:
                 interrupt_in_copy(spheres, x, stop, copied)
-            x[context.LAST_BLOCK] = num_blocks
+            x[Context.LAST_BLOCK] = num_blocks
             go_on(spheres)
             assert spheres.weights() == undisturbed, (stop, copied)
 
@@ -309,12 +310,12 @@ def test_an_update_goes_on_between_any_two_blocks_and_inside_any_copy(tokens, op
 def interrupt_in_copy(spheres, x, block, copied):
     """As if a worker had died with `copied` floats of a published block in place."""
     saved = spheres.weights()
-    x[context.LAST_BLOCK] = block + 1
+    x[Context.LAST_BLOCK] = block + 1
     phases.update(x, STEP)  # leaves the new block in the slot
-    x[context.LAST_BLOCK] = int(x[context.NUM_BLOCKS])
+    x[Context.LAST_BLOCK] = int(x[Context.NUM_BLOCKS])
     slot = spheres.memory.floats(spheres.regions.slots, SLOT_FLOATS).copy()
     put_back(spheres, saved)
-    spheres.memory.worker_words()[0, M.W_SLOT] = STEP * int(x[context.NUM_BLOCKS]) + block
+    spheres.memory.worker_words()[0, M.W_SLOT] = STEP * int(x[Context.NUM_BLOCKS]) + block
     spheres.memory.updated_words()[:block] = STEP
     places = spheres.memory.params, spheres.memory.moments, spheres.memory.squares
     for part, place in enumerate(places):
@@ -330,7 +331,7 @@ def test_an_update_that_is_killed_again_and_again_ends_in_the_same_bits(tokens, 
     before, undisturbed = ready(spheres)
     x = spheres.contexts[0]
     updated = spheres.memory.updated_words()
-    num_blocks = int(x[context.NUM_BLOCKS])
+    num_blocks = int(x[Context.NUM_BLOCKS])
     dice = random.Random(7)
     in_the_middle = 0
     for _ in range(25):
@@ -365,7 +366,7 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
     x = spheres.contexts[0]
     words = spheres.memory.worker_words()[0]
     libc = ctypes.CDLL(None)
-    for block in (0, 2, int(x[context.NUM_BLOCKS]) - 1):
+    for block in (0, 2, int(x[Context.NUM_BLOCKS]) - 1):
         put_back(spheres, before)
         child = os.fork()
         if child == 0:
@@ -376,7 +377,7 @@ def test_an_update_whose_process_dies_inside_a_copy_ends_in_the_same_bits(tokens
             phases.update(x, STEP)
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
-        assert words[M.W_SLOT] == STEP * int(x[context.NUM_BLOCKS]) + block  # published, and not done
+        assert words[M.W_SLOT] == STEP * int(x[Context.NUM_BLOCKS]) + block  # published, and not done
         assert spheres.memory.updated_words()[block] != STEP
         assert spheres.weights() != undisturbed
         go_on(spheres)
@@ -399,12 +400,12 @@ def test_an_update_done_already_is_left_alone_and_the_next_step_begins_anew(toke
 def test_an_interrupted_update_is_ended_by_any_number_of_workers(tokens, workers):
     spheres = Spheres(tokens, workers=3)
     before, undisturbed = ready(spheres)
-    num_blocks = int(spheres.contexts[0][context.NUM_BLOCKS])
+    num_blocks = int(spheres.contexts[0][Context.NUM_BLOCKS])
     put_back(spheres, before)
     phases.update(spheres.contexts[0], STEP)  # one has ended its span, one is dead in the middle of a copy
     block = num_blocks // 3 + 1
     interrupted = spheres.contexts[1]
-    interrupted[context.FIRST_BLOCK], interrupted[context.LAST_BLOCK] = block, block + 1
+    interrupted[Context.FIRST_BLOCK], interrupted[Context.LAST_BLOCK] = block, block + 1
     phases.update(interrupted, STEP)
     spheres.memory.updated_words()[block] = 0
     spheres.memory.params[block * BLOCK : block * BLOCK + 100] = np.nan
