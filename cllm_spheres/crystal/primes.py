@@ -21,7 +21,6 @@ from cllm_spheres.errors import InputError
 
 LARGEST = 2**63 - 1
 SIEVE_LIMIT = 2**32  # the primes below it take 1.6 GB, and as much again while they are found
-NUM_SIEVED = 203_280_221  # how many there are
 _SEGMENT = 1 << 18  # odd numbers looked at together: they fit a core's cache
 _SMALL = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -117,15 +116,6 @@ def sieve(limit: int) -> npt.NDArray[np.int64]:
     out = np.empty(int(1.2551 * limit / math.log(limit)) + 2, np.int64)
     out[0] = 2
     return out[: _sieve(limit, base, out)].copy()
-
-
-def nth_prime(n: int) -> int:
-    """The n-th prime: 2 for n = 1. InputError below 1 and above 203,280,221, the last one below 2**32."""
-    if not 1 <= n <= NUM_SIEVED:
-        raise InputError(f"There is no prime number {n:,} here: give 1 to {NUM_SIEVED:,}.")
-    # p(n) < n (log n + log log n) for n >= 6. Source: Rosser and Schoenfeld (1962).
-    limit = 13 if n < 6 else min(SIEVE_LIMIT, int(n * (math.log(n) + math.log(math.log(n)))) + 1)
-    return int(sieve(limit)[n - 1])
 
 
 def is_prime(n: int) -> bool:

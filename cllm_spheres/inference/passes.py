@@ -77,7 +77,6 @@ FIELDS = (
 LAYER_OFFSETS = len(FIELDS)
 PIECE_WORDS = 4  # of a piece: slot, first row, rows, position of the first row
 P_SLOT, P_ROW, P_ROWS, P_POSITION = range(PIECE_WORDS)
-MATRICES = (W_QKV, W_ATT, W_UP, W_DOWN)
 _PER_LAYER = len(LAYER_TENSORS)
 
 

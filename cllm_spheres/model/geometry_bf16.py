@@ -40,7 +40,6 @@ LAYER_OFFSETS = len(FIELDS)
 # in (heads; otherwise all of them), where its two forms lie (bytes), and the number of its first unit.
 M_PARAMS, M_ROWS, M_COLUMNS, M_ROW_GROUP, M_COLUMN_GROUP, M_PAIRS, M_FLIPPED, M_FIRST_UNIT = range(8)
 MATRIX_WORDS = 8
-MATRICES_A_LAYER = 4
 GROUPS_A_UNIT = 16  # groups of 32 columns that a unit has at most: units of about one size
 
 ROWS_AT_A_TIME = 1024

@@ -51,13 +51,6 @@ class Reader:
                 records.append(record)
         return records or ([{"kind": "broken"}] if end else [])  # only [] means the end of the file
 
-    def read_all(self) -> list[Record]:
-        """All that is there now."""
-        records: list[Record] = []
-        while new := self.read():
-            records += new
-        return records
-
     def _thin(self, lines: list[bytes], most: int) -> list[bytes]:
         """The lines, with about `most` of those of steps, evenly, always the last one."""
         steps = [i for i, line in enumerate(lines) if line.startswith(b'{"kind":"step"')]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cllm_spheres.crystal import primes
 from cllm_spheres.crystal.gcd_lanes import GROUP
-from cllm_spheres.crystal.primes import LARGEST, factorise, gcd, gcd_matrix, is_prime, nth_prime, sieve
+from cllm_spheres.crystal.primes import LARGEST, factorise, gcd, gcd_matrix, is_prime, sieve
 from cllm_spheres.errors import InputError
 
 untimed = settings(deadline=None)  # the first example may compile
@@ -42,21 +42,6 @@ def test_the_sieve_counts_as_many_primes_as_there_are():
     assert [len(sieve(10**k)) for k in range(1, 8)] == [4, 25, 168, 1229, 9592, 78498, 664579]
     with pytest.raises(InputError, match="4,294,967,296"):
         sieve(2**32 + 1)
-
-
-@given(st.integers(1, 20_000))
-@example(1)
-@example(5)
-@example(6)
-@untimed
-def test_the_nth_prime_is_sympys(n):
-    assert nth_prime(n) == sympy.prime(n)
-
-
-@pytest.mark.parametrize("n", [0, -1, primes.NUM_SIEVED + 1])
-def test_primes_that_are_not_held_are_refused(n):
-    with pytest.raises(InputError, match=r"1 to 203,280,221"):
-        nth_prime(n)
 
 
 @given(sized)

@@ -31,6 +31,11 @@ def lines_of(records) -> list[str]:
     return [line[10:] for line in lines]
 
 
+def all_of(reader: Reader) -> list[events.Record]:
+    """All that a reader finds now."""
+    return [record for records in iter(reader.read, []) for record in records]
+
+
 def timed_lines_of(records) -> list[str]:
     view, lines = RunView(), []
     plain = Plain(lines.append)
@@ -143,13 +148,13 @@ def test_a_folder_that_is_no_run_is_refused_with_the_nearest_one(tmp_path):
 def test_fast_steps_are_thinned_but_the_first_and_the_last_and_all_others_are_read(tmp_path):
     records = list(fake.records(2, steps=900, eval_every=100))
     reader = Reader(fake.write(tmp_path / "run", records[:600]) / "metrics.jsonl")
-    assert len(reader.read_all()) < 600
+    assert len(all_of(reader)) < 600
     fake.write(tmp_path / "run", records)
-    later = reader.read_all()
+    later = all_of(reader)
     steps = [r["step"] for r in later if r["kind"] == "step"]
     assert steps[-1] == 900 and len(steps) <= 2 * MOST_STEPS
     assert [r for r in later if r["kind"] != "step"] == [r for r in records[600:] if r["kind"] != "step"]
-    short = Reader(fake.write(tmp_path / "short", fake.records(2, steps=NUM_WHOLE)) / "metrics.jsonl").read_all()
+    short = all_of(Reader(fake.write(tmp_path / "short", fake.records(2, steps=NUM_WHOLE)) / "metrics.jsonl"))
     assert sum(r["kind"] == "step" for r in short) == NUM_WHOLE
 
 
@@ -159,9 +164,9 @@ def test_broken_and_torn_lines_never_raise(tmp_path_factory, junk, cut):
     good = "".join(events.dumps(r) + "\n" for r in fake.records(2, until=3)).encode()
     reader, view = Reader(path), RunView()
     path.write_bytes(good[:cut])
-    first = reader.read_all()
+    first = all_of(reader)
     path.write_bytes(good + junk + b"\n" + good)
-    for record in first + reader.read_all():
+    for record in first + all_of(reader):
         view.add(record)
     assert view.current_step == 3
 

@@ -177,12 +177,6 @@ def padded(n):
 
 
 @kernel
-def form_bytes(rows, columns):
-    """Bytes of any form of a matrix."""
-    return padded(rows) * padded(columns) * 2
-
-
-@kernel
 def line_of(form, row, columns):
     """Address of a row's first line in rows; the next 32 channels follow at + TILE. columns: padded."""
     return form + (row // 16) * (columns // 32) * TILE + (row % 16) * LINE

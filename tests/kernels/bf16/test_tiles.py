@@ -166,4 +166,4 @@ def test_a_block_is_transposed_in_place(rng, buffer):
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 1000, 1024])
 def test_sizes_are_raised_to_32(size):
-    assert T.padded(size) == padded(size) >= size and T.form_bytes(size, 40) == padded(size) * 64 * 2
+    assert T.padded(size) == padded(size) >= size
