@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -70,6 +71,31 @@ def imports_of(source):
                 yield node.lineno, node.module
 
 
+def name_of(path):
+    """The name under which a source file is imported."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return re.sub(r"^cli\b", "cllm_spheres_cli", name)
+
+
+def a_circle(sources_by_module):
+    """Modules that import one another in a circle, those inside of functions and for type checkers too; else []."""
+    graph = {}
+    for name, source in sources_by_module.items():
+        imported = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= (inner & sources_by_module.keys()) or {node.module}
+        graph[name] = imported & sources_by_module.keys()
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
 def may_import(importer, imported):
     return importer == imported or (importer, imported) in WITHIN_A_LEVEL or LEVEL[imported] < LEVEL[importer]
 
@@ -91,6 +117,11 @@ def test_imports_point_down():
             if imported and not may_import(importer, imported):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert a_circle({name_of(path): path.read_text(encoding="utf-8") for path in sources()}) == []
+    assert set(a_circle({"p.a": "from p import b", "p.b": "def f():\n    from p.a import x"})) == {"p.a", "p.b"}
 
 
 def test_the_rule_itself():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,9 +18,7 @@ from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.choice import log_softmax
 from cllm_spheres.inference.decoder import Decoder, Rows
 from cllm_spheres.inference.options import is_number, is_whole
-
-if TYPE_CHECKING:
-    from cllm_spheres.inference.model import Model
+from cllm_spheres.inference.weights import Weights
 
 WIDEST = 64
 STRONGEST_PENALTY = 10.0  # either way; beyond, lengths to that power leave the range of floats
@@ -49,7 +46,7 @@ class _Open:
 
 
 def beam_search(
-    model: Model, prompt: Sequence[int], *, tokens: int | None, width: int, length_penalty: float, best: int,
+    model: Weights, prompt: Sequence[int], *, tokens: int | None, width: int, length_penalty: float, best: int,
     dtype: str = "fp32", threads: int | None = None,
 ) -> list[Beam]:  # fmt: skip
     """The `best` texts that count most, in that order; of equal ones those with the lower ids.
@@ -101,7 +98,7 @@ def beam_search(
 
 
 def _check(
-    model: Model, prompt: Sequence[int], tokens: int | None, width: int, length_penalty: float, best: int
+    model: Weights, prompt: Sequence[int], tokens: int | None, width: int, length_penalty: float, best: int
 ) -> None:
     wrong = []
     if not (is_whole(width) and 1 <= width <= WIDEST):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +17,14 @@ import numpy.typing as npt
 from cllm_spheres.checkpoint.saved_model import open_run
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.options import check_prompt, is_whole, options_of
+from cllm_spheres.inference.weights import Weights
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import LAYER_FLOATS, LNF, X, geometry, new_arena, sequences_at_a_time
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Shape
 from cllm_spheres.text.handed import as_folder
 from cllm_spheres.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # their kernels are compiled when they are imported: by whoever writes, not by whoever trains
+if TYPE_CHECKING:  # they compile their kernels when they are imported: only those who write text shall wait for that
     from cllm_spheres.inference.beam import Beam
     from cllm_spheres.inference.many import Written
     from cllm_spheres.inference.writer import Writer
@@ -33,15 +33,11 @@ Ids = npt.ArrayLike
 MOST_AT_ONCE = 32  # texts: more are hardly quicker, and each takes memory for its keys and values
 
 
-class Model:
+class Model(Weights):
     """A GPT-2 with its tokenizer. Not for use by several threads at once: it has one workspace."""
 
     def __init__(self, shape: Shape, tokenizer: Tokenizer, tensors: Mapping[str, np.ndarray]) -> None:
-        self.shape, self.tokenizer = shape, tokenizer
-        self.layout = Layout(shape)
-        self.params_P = new_arena(self.layout.size)
-        self.params_P[:] = 0
-        self.layout.fill(self.params_P, tensors)
+        super().__init__(shape, tokenizer, tensors)
         self._geometry = geometry(self.layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
         self._arena = new_arena(self._geometry.arena_floats)
         self._progress = np.zeros(PROGRESS_WORDS, np.int64)
@@ -52,11 +48,6 @@ class Model:
             f"<Model of {self.layout.num_parameters:,} parameters: {s.layers} layers, width {s.width},"
             f" {s.heads} heads, block {s.block_size}, {self.tokenizer.kind} vocabulary of {s.vocab_size:,}>"
         )
-
-    @property
-    def parameters(self) -> Mapping[str, np.ndarray]:
-        """Names -> writable float32 views. Changing them in place counts in the next call."""
-        return MappingProxyType(self.layout.views(self.params_P))
 
     def logits(self, ids: Ids) -> np.ndarray:
         """float32 [T, V]: what each of T tokens says about the one that follows it; [B, T, V] for [B, T] ids.

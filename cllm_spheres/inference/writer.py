@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,11 +17,9 @@ from cllm_spheres.inference.choice import log_softmax, not_finite
 from cllm_spheres.inference.decoder import Decoder, Rows
 from cllm_spheres.inference.options import Options, check_prompt
 from cllm_spheres.inference.stops import Stops
+from cllm_spheres.inference.weights import Weights
 from cllm_spheres.kernels.choose import SCRATCH_WORDS, choose_token
 from cllm_spheres.text.tokenizer import StreamDecoder
-
-if TYPE_CHECKING:
-    from cllm_spheres.inference.model import Model
 
 COPIED_FROM = 16  # tokens: computing fewer is quicker than copying a whole slot
 Ended = Literal["stop", "length"]
@@ -77,7 +75,7 @@ class _Text:
 class Writer:
     """Writes up to `slots` texts at once. For one thread at a time; `close` ends its threads."""
 
-    def __init__(self, model: Model, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> None:
+    def __init__(self, model: Weights, slots: int = 1, *, dtype: str = "fp32", threads: int | None = None) -> None:
         """dtype of the weights: "fp32", or "bf16" to read half as much; threads: None takes what the size is worth."""
         self.tokenizer, self.shape = model.tokenizer, model.shape
         self._decoder = Decoder(model.layout, model.params_P, slots=slots, dtype=dtype, threads=threads)
