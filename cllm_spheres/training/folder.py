@@ -25,7 +25,7 @@ from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.events import PREPARING, read
 from cllm_spheres.model.layout import Layout, Shape
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import check_memory, check_shape, shape_of
+from cllm_spheres.training.plan import check_shape, shape_of
 from cllm_spheres.training.soft_targets import check_loss
 from cllm_spheres.training.start import check_start
 from cllm_spheres.units import plural
@@ -256,8 +256,7 @@ def plan_resume(
     if not finished:
         if reached and not (Store(run).path(reached) / OPTIMIZER).exists():
             Store(run).newest_good()  # says what is missing, and whether by damage
-        check_memory(config, prepared, resume=True)
-        notes = check_start(config, prepared, run)
+        notes = check_start(config, prepared, run, resume=True)
     return Plan(run, config, prepared, stop_at, resume=True, notes=notes), finished
 
 

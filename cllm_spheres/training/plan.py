@@ -1,6 +1,6 @@
 """Options, prepared text and this machine -> a resolved `Config` in which nothing is left open, or an InputError.
 
-Everything that cannot work is refused here, before anything is written.
+What contradicts itself is refused here, and what this machine cannot run in start.py, before anything is written.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:
     values.update(loss_options(config, prepared.vocab_size))
     resolved = Config(**values)
     check_shape(resolved)  # now that the steps are known
-    check_memory(resolved, prepared)
     return resolved
 
 
@@ -170,9 +169,8 @@ def memory_bytes(job: Job) -> int:
     return Regions(job.sizes).total + copy + job.workers * (arena + WORKER_BYTES)
 
 
-def check_memory(config: Config, prepared: Prepared, *, resume: bool = False) -> None:
+def check_memory(job: Job, *, resume: bool) -> None:
     """InputError that says what is needed, what is there and what would fit; a resume keeps its spheres."""
-    job = make_job(config, prepared)
     needed, available = memory_bytes(job), available_memory()
     if needed <= available:
         return

@@ -19,7 +19,7 @@ from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import make_job, memory_bytes
+from cllm_spheres.training.plan import check_memory, make_job, memory_bytes
 from cllm_spheres.units import size
 
 # Open files, counted in /proc/PID/fd. Node Zero: 16, one a worker, one for each core
@@ -31,9 +31,10 @@ TASKS = 14
 SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at most
 
 
-def check_start(config: Config, prepared: Prepared, run: Path) -> tuple[str, ...]:
+def check_start(config: Config, prepared: Prepared, run: Path, *, resume: bool = False) -> tuple[str, ...]:
     """Sentences on what will be slow or scarce; InputError with the numbers where the run cannot work here."""
     job = make_job(config, prepared)
+    check_memory(job, resume=resume)
     check_files(job)
     check_tasks(job)
     check_address_space(job)

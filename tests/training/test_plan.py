@@ -23,7 +23,10 @@ def resolve(corpus, monkeypatch):
         monkeypatch.setattr(plan, "read_cores", lambda cpus: [Core(cpu, socket=0, cache=0) for cpu in cpus])
         monkeypatch.setattr(plan, "available_memory", lambda: memory)
         config, given = merge(options)
-        return plan.resolve(config, given, Prepared.open(corpus))
+        prepared = Prepared.open(corpus)
+        resolved = plan.resolve(config, given, prepared)
+        plan.check_memory(plan.make_job(resolved, prepared), resume=False)
+        return resolved
 
     return make
 
