@@ -2,8 +2,8 @@
 
 Our losses, logits, gradients and AdamW steps against PyTorch's -> tables in Markdown; exits 1 when one is too far off.
 
-The peer is GPT-2 written out in PyTorch's own functions with the same weights. In float64 it is the reference; in
-float32 it shows how far off ordinary float32 is, beside ours. A difference is max |a - b| / max |b| of a tensor.
+The peer is the GPT-2 of peer_torch.py with the same weights. In float64 it is the reference; in float32 it shows how
+far off ordinary float32 is, beside ours. A difference is max |a - b| / max |b| of a tensor.
 
 PyTorch is not a dependency of the project. In a virtual environment of its own:
     pip install torch==2.13.0 && pip install .
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cllm_spheres_bench.peer_torch import build_model, set_weights, turned
 
 from cllm_spheres.inference.model import Model
 from cllm_spheres.kernels import blas
@@ -33,7 +34,6 @@ from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import Layout, Shape, tensor_shapes
 from cllm_spheres.text.tokenizer import ByteTokenizer
 
-EPSILON = 1e-5  # of layer normalisation
 STEPS, CLIP, BETA1, BETA2, DECAY = 20, 2.0, 0.9, 0.95, 0.1
 
 # A sum of n float32 products is off by about sqrt(n) * 2**-24 of its terms: with n up to a few thousand and a chain
@@ -74,39 +74,16 @@ def random_tensors(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarr
     }
 
 
-def torch_logits(torch: Any, p: dict[str, Any], ids_BT: Any, shape: Shape) -> Any:
-    """GPT-2 by its formula: logits [B, T, V] of parameters p in whatever precision they have."""
-    F = torch.nn.functional
-    B, T = ids_BT.shape
-    C, H = shape.width, shape.heads
-
-    def norm(x_BTC: Any, name: str) -> Any:
-        return F.layer_norm(x_BTC, (C,), p[f"{name}.weight"], p.get(f"{name}.bias"), EPSILON)
-
-    def linear(x: Any, name: str) -> Any:
-        return x @ p[f"{name}.weight"] + p.get(f"{name}.bias", 0)
-
-    future_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
-    x_BTC = p["wte.weight"][ids_BT] + p["wpe.weight"][:T]
-    for h in (f"h.{layer}" for layer in range(shape.layers)):
-        qkv_BTC = linear(norm(x_BTC, f"{h}.ln_1"), f"{h}.attn.c_attn").split(C, 2)
-        q_BHTD, k_BHTD, v_BHTD = (y.view(B, T, H, C // H).transpose(1, 2) for y in qkv_BTC)
-        scores_BHTT = (q_BHTD @ k_BHTD.transpose(2, 3) * (C // H) ** -0.5).masked_fill(future_TT, -torch.inf)
-        attended_BTC = (scores_BHTT.softmax(3) @ v_BHTD).transpose(1, 2).reshape(B, T, C)
-        x_BTC = x_BTC + linear(attended_BTC, f"{h}.attn.c_proj")
-        up_BTF = linear(norm(x_BTC, f"{h}.ln_2"), f"{h}.mlp.c_fc")
-        x_BTC = x_BTC + linear(F.gelu(up_BTF, approximate="tanh"), f"{h}.mlp.c_proj")
-    return norm(x_BTC, "ln_f") @ p["wte.weight"].T
-
-
 def by_torch(torch: Any, tensors: dict, inputs_BT: Any, targets_BT: Any, shape: Shape, dtype: Any) -> dict:
-    """Name -> array: "loss", "logits" and the gradient of every tensor."""
-    p = {name: torch.tensor(value, dtype=dtype, requires_grad=True) for name, value in tensors.items()}
-    logits_BTV = torch_logits(torch, p, torch.from_numpy(inputs_BT), shape)
-    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), torch.from_numpy(targets_BT).flatten())
+    """Name -> array: "loss", "logits" and the gradient of every tensor; linear weights [in, out], as ours are."""
+    model = build_model(shape).to(dtype)
+    set_weights(model, {name: torch.from_numpy(value) for name, value in tensors.items()})
+    inputs_BT, targets_BT = torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
+    logits_BTV = model.logits(inputs_BT)
+    loss = model(inputs_BT, targets_BT)
     loss.backward()
-    outputs = {"loss": loss.detach().numpy(), "logits": logits_BTV.detach().numpy()}
-    return outputs | {name: tensor.grad.numpy() for name, tensor in p.items()}
+    gradients = {name: turned(name, parameter.grad).numpy() for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach().numpy(), "logits": logits_BTV.detach().numpy()} | gradients
 
 
 def by_us(tensors: dict, inputs_BT: np.ndarray, targets_BT: np.ndarray, shape: Shape) -> dict:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cllm_spheres_bench.peer_torch import Order, Variant, build_model, load_weights
+from cllm_spheres_bench.peer_torch import Order, Variant, build_model, set_weights
 
 TEMPERATURE = 0.8
 LEAST_TOKENS = 3
@@ -42,13 +42,15 @@ def main() -> None:
     """A turn for each line that comes, until there are no more."""
     import torch
     from cllm_spheres_bench.children import end_with
+    from safetensors.torch import load_file
 
     order = Order(**json.loads(Path(sys.argv[1]).read_text()))
     end_with(order.parent)
-    torch.set_num_threads(Variant(**order.variant).threads)
+    variant = Variant(**order.variant)
+    torch.set_num_threads(variant.threads)
     torch.set_flush_denormal(True)
-    model = build_model(order).eval()
-    load_weights(model, order.weights)
+    model = build_model(order, variant.attention, variant.gelu).eval()
+    set_weights(model, load_file(order.weights))
     write(model, order, 0.0)  # warm
     for line in sys.stdin:
         print(json.dumps({"tokens_per_s": write(model, order, float(line))}), flush=True)

@@ -80,39 +80,42 @@ def learning_rate(step: int, order: Order) -> float:
     return order.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (order.lr - order.min_lr)
 
 
-def build_model(order: Order) -> Any:
-    """GPT-2 as a module whose parameters have the names of its checkpoints; it returns the mean loss."""
+def build_model(shape: Any, attention: str = "sdpa", gelu: str = "tanh") -> Any:
+    """GPT-2 as a module whose parameters have the names of its checkpoints; it returns the mean loss.
+
+    shape: an Order, or whatever else has the sizes of a model under the same names.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
 
-    C, H, T, V = order.width, order.heads, order.block_size, order.vocab_size
-    variant = Variant(**order.variant)
-    approximate = {"tanh": "tanh", "erf": "none"}[variant.gelu]
+    C, H, V = shape.width, shape.heads, shape.vocab_size
+    approximate = {"tanh": "tanh", "erf": "none"}[gelu]
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.c_attn = nn.Linear(C, 3 * C, bias=order.bias)
-            self.c_proj = nn.Linear(C, C, bias=order.bias)
-            if variant.attention == "matmul":
-                self.register_buffer("future_TT", torch.ones(T, T, dtype=torch.bool).triu(1))
+            self.c_attn = nn.Linear(C, 3 * C, bias=shape.bias)
+            self.c_proj = nn.Linear(C, C, bias=shape.bias)
+            if attention == "matmul":
+                ones_TT = torch.ones(shape.block_size, shape.block_size, dtype=torch.bool)
+                self.register_buffer("future_TT", ones_TT.triu(1))
 
         def forward(self, x_BTC: Any) -> Any:
-            B = x_BTC.shape[0]
+            B, T, _ = x_BTC.shape
             q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in self.c_attn(x_BTC).split(C, 2))
-            if variant.attention == "sdpa":
+            if attention == "sdpa":
                 y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
                 scores_BHTT = (q @ k.transpose(2, 3)) * (C // H) ** -0.5
-                y_BHTD = F.softmax(scores_BHTT.masked_fill(self.future_TT, -math.inf), 3) @ v
+                y_BHTD = F.softmax(scores_BHTT.masked_fill(self.future_TT[:T, :T], -math.inf), 3) @ v
             return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
     class MLP(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.c_fc = nn.Linear(C, order.ff_width, bias=order.bias)
-            self.c_proj = nn.Linear(order.ff_width, C, bias=order.bias)
+            self.c_fc = nn.Linear(C, shape.ff_width, bias=shape.bias)
+            self.c_proj = nn.Linear(shape.ff_width, C, bias=shape.bias)
 
         def forward(self, x_BTC: Any) -> Any:
             return self.c_proj(F.gelu(self.c_fc(x_BTC), approximate=approximate))
@@ -120,7 +123,7 @@ def build_model(order: Order) -> Any:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.ln_1, self.ln_2 = (nn.LayerNorm(C, EPSILON_NORM, bias=order.bias) for _ in range(2))
+            self.ln_1, self.ln_2 = (nn.LayerNorm(C, EPSILON_NORM, bias=shape.bias) for _ in range(2))
             self.attn, self.mlp = Attention(), MLP()
 
         def forward(self, x_BTC: Any) -> Any:
@@ -130,9 +133,9 @@ def build_model(order: Order) -> Any:
     class GPT2(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
-            self.h = nn.ModuleList(Block() for _ in range(order.layers))
-            self.ln_f = nn.LayerNorm(C, EPSILON_NORM, bias=order.bias)
+            self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(shape.block_size, C)
+            self.h = nn.ModuleList(Block() for _ in range(shape.layers))
+            self.ln_f = nn.LayerNorm(C, EPSILON_NORM, bias=shape.bias)
 
         def hidden(self, inputs_BT: Any) -> Any:
             x_BTC = self.wte(inputs_BT) + self.wpe.weight[: inputs_BT.shape[1]]
@@ -140,9 +143,11 @@ def build_model(order: Order) -> Any:
                 x_BTC = block(x_BTC)
             return x_BTC
 
+        def logits(self, inputs_BT: Any) -> Any:
+            return F.linear(self.ln_f(self.hidden(inputs_BT)), self.wte.weight)
+
         def forward(self, inputs_BT: Any, targets_BT: Any) -> Any:
-            logits_BTV = F.linear(self.ln_f(self.hidden(inputs_BT)), self.wte.weight)
-            return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+            return F.cross_entropy(self.logits(inputs_BT).flatten(0, 1), targets_BT.flatten())
 
         def next_logits(self, inputs_BT: Any) -> Any:
             return F.linear(self.ln_f(self.hidden(inputs_BT)[:, -1]), self.wte.weight)
@@ -150,18 +155,20 @@ def build_model(order: Order) -> Any:
     return GPT2()
 
 
-def load_weights(model: Any, path: str) -> None:
-    """Fill every parameter from our file, where linear weights are [in, out]; KeyError for a missing one."""
-    import torch
-    from safetensors import safe_open
+def turned(name: str, tensor: Any) -> Any:
+    """A parameter as we lay it out from PyTorch's, or back: linear weights are [in, out] here and [out, in] there."""
+    return tensor.T if tensor.ndim == 2 and name not in ("wte.weight", "wpe.weight") else tensor
 
-    with safe_open(path, "pt") as file, torch.no_grad():
-        names = dict(model.named_parameters())
-        assert set(file.keys()) == set(names), set(file.keys()) ^ set(names)
-        for name, parameter in names.items():
-            tensor = file.get_tensor(name)
-            is_linear = tensor.ndim == 2 and name not in ("wte.weight", "wpe.weight")
-            parameter.copy_(tensor.T if is_linear else tensor)
+
+def set_weights(model: Any, tensors: dict[str, Any]) -> None:
+    """Fill every parameter from our tensors."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    assert set(tensors) == set(parameters), set(tensors) ^ set(parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(turned(name, tensors[name]))
 
 
 class Lines:
@@ -183,12 +190,13 @@ def train(order: Order) -> None:
     """Train until the windows are used up, which is an error; the process is ended before."""
     import numpy as np
     import torch
+    from safetensors.torch import load_file
 
     variant = Variant(**order.variant)
     torch.set_num_threads(variant.threads)
     torch.set_flush_denormal(True)
-    model = build_model(order)
-    load_weights(model, order.weights)
+    model = build_model(order, variant.attention, variant.gelu)
+    set_weights(model, load_file(order.weights))
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim == 2], "weight_decay": order.weight_decay},
