@@ -30,8 +30,9 @@ from cllm_spheres.kernels import blas
 from cllm_spheres.kernels import optimizer as ours
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
-from cllm_spheres.model.geometry import new_arena
-from cllm_spheres.model.layout import Layout, Shape, tensor_shapes
+from cllm_spheres.model.layout import Layout, tensor_shapes
+from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.text.tokenizer import ByteTokenizer
 
 STEPS, CLIP, BETA1, BETA2, DECAY = 20, 2.0, 0.9, 0.95, 0.1

@@ -19,8 +19,8 @@ from cllm_spheres.config import merge
 from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS
 from cllm_spheres.kernels.soft_targets import card
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.training.plan import shape_of
 from cllm_spheres.training.soft_targets import loss_options, table
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from cllm_spheres.model.geometry import geometry, head_rows, new_arena
 from cllm_spheres_bench import kernel_loops as loops
 from cllm_spheres_bench import kernel_peers as peers
 from cllm_spheres_bench.scaling_model import gather_bytes, update_bytes
@@ -26,8 +27,8 @@ from cllm_spheres.kernels.optimizer import (
     DECISION_WORDS,
 )
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, attention_floats, product_floats
-from cllm_spheres.model.geometry import geometry, head_rows, new_arena
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 
 PRODUCTS, MODEL_PARTS, MEMORY = "products", "attention and head", "memory"
 SPHERES = 2  # as bench peers trains on two cores

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from cllm_spheres.model.geometry_bf16 import geometry, packed
 from cllm_spheres_bench import kernel_loops_bf16 as loops
 from cllm_spheres_bench import kernel_peers as peers
 from cllm_spheres_bench.kernel_cases import (
@@ -32,8 +33,8 @@ from cllm_spheres_bench.sizes import Size
 
 from cllm_spheres.kernels.bf16.linear import THROUGH_GELU, TO_GELU, TO_RESIDUAL, TO_ROWS
 from cllm_spheres.kernels.bf16.sizes import CHUNK, attention_bytes, kept_logits, padded
-from cllm_spheres.model.geometry_bf16 import geometry, packed
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 
 # A layer's products that end in something else than float32, and with what: qkv and projection, up and down.
 ENDINGS = {

@@ -5,6 +5,8 @@ As kernel_loops.py; importing this compiles bfloat16, which a CPU without it can
 
 from __future__ import annotations
 
+from cllm_spheres.model.packing import pack_unit_bf16
+
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.bf16.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.bf16.head import head_loss_backward
@@ -14,7 +16,6 @@ from cllm_spheres.kernels.bf16.norm import layernorm_rows
 from cllm_spheres.kernels.bf16.sizes import CHUNK
 from cllm_spheres.kernels.bf16.tiles import TILE, padded
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
-from cllm_spheres.model.packing import pack_unit_bf16
 
 _multiply, _project, _head_loss_backward = multiply.external, project.external, head_loss_backward.external
 _attention_forward, _attention_backward = attention_forward.external, attention_backward.external

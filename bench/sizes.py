@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cllm_spheres.config import Config, build, preset_values
 from cllm_spheres.errors import InputError, nearest
-from cllm_spheres.model.layout import Shape, tensor_shapes
+from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.cache import cache_folder, prepare_cached
 from cllm_spheres.text.prepared import Prepared
 

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 EPSILON = 1e-5  # of layer normalisation, GPT-2's
 

@@ -20,7 +20,8 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config
 from cllm_spheres.events import read
 from cllm_spheres.model.initialise import initial_tables, initialise_block
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import folder, session

@@ -19,7 +19,8 @@ from cllm_spheres.events import EVENTS
 from cllm_spheres.kernels.bf16 import sizes as sizes_bf16
 from cllm_spheres.kernels.sizes import BLOCK
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.memory import Regions, Sizes
 
 ROOT = Path(__file__).resolve().parent.parent

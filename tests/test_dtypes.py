@@ -10,7 +10,8 @@ import pytest
 
 import cllm_spheres as cs
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from tests.check import assert_close
 from tests.naive import naive_logits
 from tests.runs import TINY, char_corpus, command, corpus, resume, train_whole, words  # noqa: F401

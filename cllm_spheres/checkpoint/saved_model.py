@@ -8,7 +8,8 @@ from pathlib import Path
 from cllm_spheres.checkpoint.checkpoint import STATE, Checkpoint
 from cllm_spheres.checkpoint.store import Store, Which
 from cllm_spheres.errors import InputError, nearest, shown
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.tokenizer import Tokenizer, load_tokenizer
 
 

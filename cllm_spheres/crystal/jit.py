@@ -49,7 +49,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
 COMPILED = (
     "crystal/*.py", "crystal/*/*.py", "faults.py", "inference/passes.py", "inference/team.py", "kernels/*.py",
-    "kernels/*/*.py", "model/*.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py",
+    "kernels/*/*.py", "model/initialise.py", "model/ops/*.py", "model/record.py", "model/run.py", "spheres/atomics.py", "spheres/context.py", "spheres/engine.py",
     "spheres/firing.py", "spheres/memory.py", "spheres/phases.py", "text/batches.py",
 )  # fmt: skip
 OPTIONS: dict[str, Any] = dict(error_model="numpy", boundscheck=False)
@@ -215,6 +215,9 @@ def at_address(signature: Any) -> Any:
     return intrinsic(call)
 
 
+_symbols: set[str] = set()  # of all entries of this process
+
+
 class Entry:
     """A phase's one machine code: compiled once with one signature, called by address from everywhere.
 
@@ -227,7 +230,10 @@ class Entry:
         compiled = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
         compiled._cache = _Cache(function)
         compiled.compile()
-        symbol = f"cllm_spheres_{function.__name__}"
+        symbol = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
+        if symbol in _symbols:  # the second would take the place of the first without a word
+            raise ValueError(f"there are two entries {symbol}")
+        _symbols.add(symbol)
         llvm.add_symbol(symbol, compiled.address)
         self._keep = compiled
         self.address = int(compiled.address)

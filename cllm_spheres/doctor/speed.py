@@ -11,8 +11,8 @@ from cllm_spheres.doctor.finding import Answer
 from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS
 from cllm_spheres.machine import available_memory
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.units import compact, size
 

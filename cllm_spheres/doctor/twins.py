@@ -16,8 +16,9 @@ import numpy.typing as npt
 from cllm_spheres.doctor.finding import Answer
 from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS, SLOT_FLOATS
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.geometry import new_arena
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.workspace import new_arena
 
 Array = npt.NDArray[np.float64]
 SHAPE = Shape(vocab_size=50, block_size=20, layers=2, heads=4, width=64, ff_width=96)

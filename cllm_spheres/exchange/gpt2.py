@@ -6,7 +6,7 @@ from typing import Any
 
 from cllm_spheres.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from cllm_spheres.errors import InputError, shown
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 EPSILON = 1e-5  # of the layer norms, as our kernels have it
 GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of the same formula, the one that our kernels compute

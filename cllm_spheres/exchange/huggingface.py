@@ -17,7 +17,8 @@ from cllm_spheres.exchange.narrow import SAFETENSORS, TORCH, narrow
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.exchange.target import check_folder, write_folder
 from cllm_spheres.exchange.tokenizer_out import tokenizer_config, tokenizer_json
-from cllm_spheres.model.layout import Shape, tensor_shapes
+from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.shape import Shape
 
 NAMES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 BLOCK = 32
 QUANTISED = {"q8_0": 127, "q4_0": 8}  # dtype -> the largest number of a block in units of its scale

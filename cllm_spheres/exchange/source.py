@@ -19,7 +19,7 @@ from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.exchange.gpt2 import shape_of_config
 from cllm_spheres.exchange.tokenizer_in import read_tokenizer
 from cllm_spheres.exchange.weights import Weights
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.folder import hash_file, read_regular
 from cllm_spheres.text.tokenizer import Tokenizer, parse_tokenizer
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.exchange.safetensors_file import FLOATS, Entry, read_header
-from cllm_spheres.model.layout import Shape, tensor_shapes
+from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.folder import read_regular
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

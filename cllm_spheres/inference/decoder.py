@@ -19,8 +19,8 @@ from cllm_spheres.inference import team
 from cllm_spheres.kernels.sizes import ALIGN, TILE_COLUMNS
 from cllm_spheres.kernels.strips import bundle_floats, pack_strips, strip_bytes
 from cllm_spheres.machine import available_memory, usable_cores
-from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.layout import LAYER_TENSORS, Layout
+from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.units import plural, size
 
 ROWS = 256  # of a pass, at most

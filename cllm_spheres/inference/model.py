@@ -20,7 +20,7 @@ from cllm_spheres.inference.options import check_prompt, is_whole, options_of
 from cllm_spheres.inference.weights import Weights
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model.geometry import LAYER_FLOATS, LNF, X, geometry, new_arena, sequences_at_a_time
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.handed import as_folder
 from cllm_spheres.text.tokenizer import Tokenizer
 

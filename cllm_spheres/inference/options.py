@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cllm_spheres.errors import InputError, nearest, shown
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 MOST_TOKENS = 10**7
 MOST_STOPS, LONGEST_STOP = 16, 1000

@@ -93,19 +93,21 @@ def head_loss(x_NC, wte_VC, targets_N, logits_RV, scratch, correct_1):
 
 
 @kernel
-def head_loss_backward(x_NC, wte_VC, targets_N, scale, soft, logits_RV, dx_NC, dwte_VC, accumulate, scratch):
+def head_loss_backward(x_NC, wte_VC, targets_N, scale, soft, logits_RV, dx, dwte, accumulate, scratch):
     """The two sums of softmax_cross_entropy; also dx = scale * d(both)/dx (overwrites), dwte (+)= (`accumulate` false
-    overwrites).
+    overwrites): addresses, 0 where one is not wanted.
     """
     n, c, v, rows = x_NC.shape[0], x_NC.shape[1], wte_VC.shape[0], logits_RV.shape[0]
-    logits, wte, dwte = logits_RV.ctypes.data, wte_VC.ctypes.data, dwte_VC.ctypes.data
+    logits, wte = logits_RV.ctypes.data, wte_VC.ctypes.data
     loss = excess = 0.0
     for start in range(0, n, rows):
         r = min(rows, n - start)
-        x, dx = x_NC[start : start + r].ctypes.data, dx_NC[start : start + r].ctypes.data
+        x = x_NC[start : start + r].ctypes.data
         gemm(False, True, r, v, c, x, c, wte, c, 0, 0, 0, logits, v, scratch)
         of_rows = softmax_cross_entropy(logits_RV[:r], targets_N[start : start + r], scale, soft)
         loss, excess = loss + of_rows[0], excess + of_rows[1]
-        gemm(False, False, r, c, v, logits, v, wte, c, 0, 0, 0, dx, c, scratch)
-        gemm(True, False, v, c, r, logits, v, x, c, dwte if accumulate or start > 0 else 0, c, 0, dwte, c, scratch)
+        if dx != 0:
+            gemm(False, False, r, c, v, logits, v, wte, c, 0, 0, 0, dx + 4 * start * c, c, scratch)
+        if dwte != 0:
+            gemm(True, False, v, c, r, logits, v, x, c, dwte if accumulate or start > 0 else 0, c, 0, dwte, c, scratch)
     return loss, excess

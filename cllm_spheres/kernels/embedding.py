@@ -16,14 +16,27 @@ def embedding_forward(ids_N, wte_VC, wpe_TC, length, out_NC):
 
 
 @kernel
-def embedding_backward(dout_NC, ids_N, length, dwte_VC, dwpe_TC, accumulate):
-    """Adds to dwte (which the head has written before); dwpe: `accumulate` false overwrites all its rows."""
-    if not accumulate:
-        for t in range(dwpe_TC.shape[0]):
-            dwpe_TC[t][:] = f4(0)
+def embedding_backward(dout_NC, ids_N, length, dwte_VC, dwpe_TC, accumulate_wte, accumulate_wpe):
+    """Adds to both; without `accumulate` all rows begin as zero. One of no rows is left out."""
+    if not accumulate_wte:
+        _clear(dwte_VC)
+    if not accumulate_wpe:
+        _clear(dwpe_TC)
     for n in range(ids_N.size):
-        dout, dtoken, dposition = dout_NC[n], dwte_VC[ids_N[n]], dwpe_TC[n % length]
-        for j in range(dout.size):
-            dtoken[j] += dout[j]
-        for j in range(dout.size):
-            dposition[j] += dout[j]
+        dout = dout_NC[n]
+        if dwte_VC.shape[0] > 0:
+            _add(dout, dwte_VC[ids_N[n]])
+        if dwpe_TC.shape[0] > 0:
+            _add(dout, dwpe_TC[n % length])
+
+
+@kernel
+def _clear(x_NC):
+    for n in range(x_NC.shape[0]):
+        x_NC[n][:] = f4(0)
+
+
+@kernel
+def _add(x, total):
+    for j in range(x.size):
+        total[j] += x[j]

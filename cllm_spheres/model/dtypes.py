@@ -1,34 +1,22 @@
-"""A dtype -> its kernels, and what they need: where the shard's arena and the packed weights lie.
+"""A dtype -> the rules by which models are computed in it, and which dtype is worth it where.
 
 "fp32" reads the weights as they are. "bf16" rounds the operands of all matrix products to bfloat16 and reads the
-weights packed, which is done anew at the start of every step. Kernels are loaded, and compiled, when they are asked
-for.
+weights packed, which is done anew at the start of every step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from types import ModuleType
 
 from cllm_spheres.crystal.cpu import bf16_backend
-from cllm_spheres.crystal.jit import Entry
-from cllm_spheres.model import geometry as fp32
-from cllm_spheres.model import geometry_bf16 as bf16
-from cllm_spheres.model.geometry import Geometry
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.packed import Packing
 
 DTYPES = ("fp32", "bf16")
 # Below this width float32 is quicker than bfloat16 on AVX-512: rounding and packing take more than products save.
 # Tokens/s of preset tiny, width 64, on two cores: 350,000 and 230,000; of small, width 128: 55,000 and 110,000.
 NARROW = 96
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The machine code of a dtype. pack_unit is None where nothing is packed."""
-
-    compute_shard: Entry
-    evaluate_window: Entry
-    pack_unit: Entry | None
 
 
 def check(dtype: str) -> None:
@@ -59,32 +47,19 @@ def describe(dtype: str) -> str:
     return "float32" + (", as this CPU has no bfloat16 arithmetic" if dtype == "bf16" else "")
 
 
-def geometry(
-    layout: Layout, dtype: str, *, largest_shard: int, dropout: float = 0.0, backward: bool = True
-) -> Geometry:
-    """Where everything lies for the kernels of a dtype. Without `backward` all layers share one place."""
+def rules(dtype: str) -> ModuleType:
+    """What each step of a model becomes in a dtype: rules/. ValueError for a dtype that has none."""
     check(dtype)
-    of_dtype = bf16.geometry if dtype == "bf16" else fp32.geometry
-    return of_dtype(layout, largest_shard=largest_shard, dropout=dropout, backward=backward)
+    return importlib.import_module(f"cllm_spheres.model.rules.{dtype}")
 
 
-def packed_sizes(layout: Layout, dtype: str) -> tuple[int, int]:
-    """(bytes of all packed weights, units of work that fill them); (0, 0) where nothing is packed."""
-    check(dtype)
-    if dtype == "fp32":
-        return 0, 0
-    packed = bf16.packed(layout)
-    return packed.size_bytes, packed.units
+def packing(layout: Layout, dtype: str) -> Packing:
+    """Where the packed weights of a dtype lie, and who fills them; without units where nothing is packed."""
+    found: Packing = rules(dtype).packing(layout)
+    return found
 
 
-def entries(dtype: str) -> Entries:
-    """The kernels of a dtype, compiled on a machine's first use."""
-    check(dtype)
-    if dtype == "bf16":
-        from cllm_spheres.model.gpt_bf16 import compute_shard_bf16, evaluate_window_bf16
-        from cllm_spheres.model.packing import pack_unit_bf16
-
-        return Entries(compute_shard_bf16, evaluate_window_bf16, pack_unit_bf16)
-    from cllm_spheres.model.gpt import compute_shard, evaluate_window
-
-    return Entries(compute_shard, evaluate_window, None)
+def load(dtype: str) -> None:
+    """Import, and compile on a machine's first use, everything that computes in a dtype."""
+    importlib.import_module("cllm_spheres.model.run")
+    importlib.import_module(rules(dtype).OPS)

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.memory import Sizes
 
 OPTIMIZERS = ("adamw", "sgd")  # their numbers are kernels.optimizer.ADAMW and SGD

@@ -15,9 +15,10 @@ from cllm_spheres.kernels.optimizer import commit_block, update_block
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.soft_targets import card
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.geometry import new_arena
 from cllm_spheres.model.initialise import initial_tables
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.spheres import engine
 from cllm_spheres.spheres.context import Context
 from cllm_spheres.spheres.job import OPTIMIZERS, Job

@@ -23,7 +23,8 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
 from cllm_spheres.events import PREPARING, read
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training.plan import check_shape, shape_of
 from cllm_spheres.training.soft_targets import check_loss

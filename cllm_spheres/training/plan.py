@@ -12,7 +12,8 @@ from cllm_spheres.config import MAX_SPHERES, MAX_STEPS, Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.spheres.placement import place, read_cores

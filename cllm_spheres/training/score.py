@@ -24,7 +24,8 @@ from cllm_spheres.errors import InputError, NonFinite, nearest
 from cllm_spheres.limits import raised_files
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.crew import ENDS_WITHIN_S
 from cllm_spheres.spheres.job import Job

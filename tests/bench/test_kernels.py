@@ -13,7 +13,7 @@ from cllm_spheres_bench.sizes import SIZES
 
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.model.dtypes import usable
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from tests.runs import command
 
 HAS_BF16 = usable("bf16") == "bf16"

@@ -6,7 +6,7 @@ import pytest
 from cllm_spheres_bench.sizes import SIZES, chosen_sizes, flops_per_token, write_characters
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 
 def test_the_operations_of_a_token_are_those_counted_by_hand():

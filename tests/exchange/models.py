@@ -12,7 +12,8 @@ from cllm_spheres_bench.nasty_texts import nasty_texts
 
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.exchange.gpt2 import huggingface_config
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer, train_bpe
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

@@ -6,7 +6,7 @@ import pytest
 
 from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.gpt2 import huggingface_config, shape_of_config
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 
 SHAPE = Shape(vocab_size=300, block_size=16, layers=2, heads=4, width=32, ff_width=100)
 CONFIG = huggingface_config(SHAPE, 299)

@@ -14,7 +14,7 @@ import pytest
 
 from cllm_spheres.errors import RunFailed, SphereLost
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import crew, node_zero, serving, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.group import ProcessGroup

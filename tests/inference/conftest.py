@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cllm_spheres.inference.model import Model
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.tokenizer import CharTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.model.layout import Shape, tensor_shapes
+from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.shape import Shape
 from tests import naive
 from tests.check import assert_gradient
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from cllm_spheres.model.geometry import Geometry, new_arena
 
 from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.geometry import Geometry, new_arena
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 
 PROGRESS = np.zeros(PROGRESS_WORDS, np.int64)
 DTYPES = [

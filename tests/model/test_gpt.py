@@ -8,7 +8,7 @@ import pytest
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
 from cllm_spheres.model import geometry, geometry_bf16
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from tests.check import assert_close
 from tests.kernels.soft import KINDS, Soft
 from tests.model.conftest import PROGRESS

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from cllm_spheres.crystal.cpu import bf16_backend
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from tests.kernels import masks
 from tests.kernels.soft import KINDS, Soft
 from tests.model.conftest import DTYPES

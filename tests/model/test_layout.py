@@ -6,13 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from cllm_spheres.model.geometry import FIELDS, geometry, sequences_at_a_time
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm_spheres.kernels.sizes import ALIGN, BLOCK, attention_floats, product_floats
-from cllm_spheres.model.geometry import FIELDS, geometry, sequences_at_a_time
 from cllm_spheres.model.initialise import initial_tables, initialise_block
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 
 shapes = st.builds(
     Shape,

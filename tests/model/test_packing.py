@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.model import dtypes, geometry_bf16
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from tests.kernels.bf16.twins import UNWRITTEN, form_of, padded
 
 SHAPES = {

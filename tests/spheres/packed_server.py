@@ -11,7 +11,8 @@ from numba import types
 from cllm_spheres.crystal.jit import entry
 from cllm_spheres.kernels.arrays import floats, integers
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 
 SHAPE = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 FLOATS = Layout(SHAPE).size

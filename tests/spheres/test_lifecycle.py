@@ -19,7 +19,7 @@ import pytest
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import RunFailed
 from cllm_spheres.events import read
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import atomics, node_zero, silence
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.job import Job

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cllm_spheres.errors import SphereLost
-from cllm_spheres.model.layout import Shape
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import losses as module
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.crew import Ended

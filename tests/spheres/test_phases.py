@@ -12,12 +12,13 @@ import signal
 
 import numpy as np
 import pytest
+from cllm_spheres.model.geometry import geometry
 
 from cllm_spheres.kernels.gather import global_norm
 from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECISION_WORDS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
-from cllm_spheres.model.geometry import geometry
-from cllm_spheres.model.layout import Layout, Shape
+from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import phases
 from cllm_spheres.spheres.context import Context
