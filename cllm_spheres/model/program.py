@@ -288,7 +288,7 @@ class Builder:
 
 
 def _without_unused(calls: list[Call]) -> list[Call]:
-    """Without the calls that leave only what nobody reads afterwards, such as the last product of a block done again."""
+    """Without the calls that leave only what nobody reads afterwards, such as the last product of a repeated block."""
     kept: list[Call] = []
     read: set[Value] = set()
     for call in reversed(calls):

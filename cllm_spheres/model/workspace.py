@@ -72,7 +72,7 @@ class Workspace:
         self, inputs_BT: np.ndarray, targets_BT: np.ndarray, segment_P: np.ndarray, scale: float, *, key: int = 0,
         first_sequence: int = 0, soft: int = 0,
     ) -> tuple[float, float]:  # fmt: skip
-        """The gradient of int32 [B, T] into the segment. Returns (summed cross-entropy, what soft targets add to it)."""
+        """The gradient of int32 [B, T] into the segment; (summed cross-entropy, what soft targets add to it)."""
         from cllm_spheres.model.run import compute_shard
 
         words, numbers = self.registers.words, self.registers.numbers
