@@ -11,6 +11,7 @@ import pytest
 import cllm_spheres as cs
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.program import program
 from cllm_spheres.model.shape import Shape
 from tests.check import assert_close
 from tests.naive import naive_logits
@@ -62,12 +63,12 @@ def test_amx_is_left_alone_where_that_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8", ""])
-def test_only_a_dtype_that_has_kernels_has_a_geometry(dtype):
+def test_only_a_dtype_that_has_kernels_has_a_program(dtype):
     layout = Layout(Shape(vocab_size=5, block_size=4, layers=1, heads=1, width=4, ff_width=4))
     for ask in (
-        lambda: dtypes.geometry(layout, dtype, largest_shard=1),
-        lambda: dtypes.packed_sizes(layout, dtype),
-        lambda: dtypes.entries(dtype),
+        lambda: program(layout, dtype, largest_shard=1),
+        lambda: dtypes.packing(layout, dtype),
+        lambda: dtypes.load(dtype),
     ):
         with pytest.raises(ValueError, match=f"no kernels for dtype '{dtype}', only for fp32 and bf16"):
             ask()

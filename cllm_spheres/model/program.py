@@ -303,7 +303,7 @@ def program(
     layout: Layout, dtype: str, *, largest_shard: int, dropout: float = 0.0, recompute: str = "none",
     purpose: str = "train",
 ) -> Program:  # fmt: skip
-    """The program of a model. largest_shard: sequences; no more are ever computed together."""
+    """The program of a model. largest_shard: sequences; a training computes no more together, others one at a time."""
     rules = dtypes.rules(dtype)
-    sequences = min(rules.sequences_at_a_time(layout.shape), largest_shard)
+    sequences = min(rules.sequences_at_a_time(layout.shape), largest_shard) if purpose == "train" else 1
     return Builder(rules, layout, sequences, dropout, recompute).build(purpose)

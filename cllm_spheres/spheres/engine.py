@@ -20,7 +20,7 @@ from cllm_spheres.kernels import trace as T
 from cllm_spheres.kernels.arrays import doubles, integers
 from cllm_spheres.kernels.optimizer import DECISION_WORDS
 from cllm_spheres.kernels.trace import mark
-from cllm_spheres.model import geometry as G
+from cllm_spheres.model import record as R
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import phases
 from cllm_spheres.spheres.atomics import add, load, store, wait_while
@@ -42,10 +42,10 @@ from cllm_spheres.spheres.firing import fire
 
 @kernel
 def _begin_trace(x, step):
-    """The address of this worker's trace in the step that is to be traced, else 0; the kernels find it in the card."""
+    """The address of this worker's trace in the step that is to be traced, else 0; the ops find it in the registers."""
     wanted = x[C.TRACE] != 0 and load(word(x, M.TRACED_STEP)) == step
     trace = x[C.TRACE] if wanted else 0
-    integers(x[C.GEOMETRY], 1)[G.TRACE] = trace
+    integers(x[C.SHARD], R.REGISTERS)[R.TRACE] = trace
     if wanted:
         integers(trace, T.HEADER_WORDS)[0] = 0
         mark(trace, T.BEGIN)
@@ -202,6 +202,8 @@ def work(context):
                 whole = whole and meet(x)
         elif kind == M.INITIALISE:
             phases.initialise(x)
+        elif kind == M.PACK_FROZEN:
+            phases.pack_frozen(x)
         if whole:
             say(x, M.State.IDLE)
             seen = load(word(x, M.RELEASE))

@@ -47,7 +47,7 @@ PAGE = 4096
 CONTROL_LINES = 32
 
 # Commands.
-INITIALISE, STEPS, EVALUATE, REHEARSE, EXIT, MEET = range(1, 7)
+INITIALISE, STEPS, EVALUATE, REHEARSE, EXIT, MEET, PACK_FROZEN = range(1, 8)
 # Reasons of HALT.
 HALT_STOP, HALT_NONFINITE = 1, 2
 
@@ -87,8 +87,10 @@ class Sizes:
     num_spheres: int  # and places for workers: their number may change, and never exceeds that of the spheres
     num_windows: int  # of an evaluation
     has_squares: bool  # adamw keeps second moments, sgd does not
+    num_frozen: int = 0  # parameters that are not trained, padded
     packed_bytes: int = 0  # of the weights as the kernels of the dtype read them; 0 where they read float32
-    pack_units: int = 0  # units of work that fill them
+    pack_units: int = 0  # units of work that fill them at every step
+    frozen_units: int = 0  # and once a run, of frozen matrices
     trace_marks: int = 0  # of a worker in a traced step (kernels/trace.py); 0: no step is traced
     soft_targets: int = 0  # entries of their table, neighbours of all tokens
     trains: bool = True  # else weights are evaluated: no moments, no gradients
@@ -137,6 +139,7 @@ class Regions:
         self.traces = place(sizes.num_spheres * self.trace_stride if sizes.trace_marks else 0, PAGE)
         self.soft_targets = place(8 * sizes.soft_targets, PAGE)
         self.params = place(flat, PAGE)
+        self.frozen = place(sizes.num_frozen * 4, PAGE)
         self.moments = place(flat if sizes.trains else 0, PAGE)
         self.squares = place(flat if sizes.has_squares else 0, PAGE)
         self.gradient = place(flat if sizes.keeps_sum else 0, PAGE)

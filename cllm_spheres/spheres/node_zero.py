@@ -58,6 +58,7 @@ class NodeZero:
         self._command = (0, 0, 0, 0)  # number, kind, first, last
         self._recovering, self._recovered_at = False, 0.0
         self._looked_at = 0.0  # at who does not start
+        self._frozen_units = job.sizes.frozen_units  # still to be packed, before the first command that reads them
         self.losses = Losses(job, self.memory)
         self.faults = FaultTable(self.memory, job.faults)
         for word, seconds, nanoseconds in (
@@ -137,6 +138,9 @@ class NodeZero:
 
     def give(self, kind: int, first: int = 0, last: int = 0) -> None:
         """Begin a command; `finished` tells when it is done."""
+        if kind in (M.STEPS, M.EVALUATE) and self._frozen_units:
+            self._frozen_units = 0
+            self.do(M.PACK_FROZEN)
         for word, value in ((M.ABORT, 0), (M.HALT, 0), (M.STOP, 0), (M.BASE, first)):
             self._set(word, value)
         self._silence.forgive()

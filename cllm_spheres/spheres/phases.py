@@ -38,7 +38,9 @@ from cllm_spheres.kernels.optimizer import (
 )  # fmt: skip
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.trace import clock_ns, mark
+from cllm_spheres.model import record as R
 from cllm_spheres.model.initialise import initialise_block
+from cllm_spheres.model.run import compute_shard, run_once
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.atomics import exchange_if, load, store
 from cllm_spheres.spheres.context import Context as C
@@ -46,11 +48,11 @@ from cllm_spheres.spheres.context import mine, now, word
 from cllm_spheres.spheres.firing import arm, fire
 from cllm_spheres.text.batches import read_window, shard, window_start
 
-# The phases' one machine code, called by address; that of a dtype stands in the context.
-_i8, _d8 = types.int64, types.float64
-_pack_unit = at_address(_i8(*[_i8] * 4))
-_compute_shard = at_address(_d8(*[_i8] * 9, _d8, *[_i8] * 5))
-_evaluate_window = at_address(_d8(*[_i8] * 10))
+# The phases' one machine code, called by address; the packing of a dtype stands in the context.
+_i8 = types.int64
+_pack_unit = at_address(_i8(*[_i8] * 5))
+_compute_shard = compute_shard.external
+_run_once = run_once.external
 _initialise_block = initialise_block.external
 _gather_block = gather_block.external
 _sum_block = sum_block.external
@@ -73,10 +75,21 @@ def initialise(x):
 
 @kernel
 def pack(x):
-    """This worker's units of the packed weights; nothing where the kernels read float32."""
-    worker, workers, units = x[C.WORKER], x[C.NUM_WORKERS], x[C.PACK_UNITS]
+    """This worker's units of the packed weights that are trained; nothing where the kernels read float32."""
+    _pack(x, 0, x[C.PACK_UNITS])
+
+
+@kernel
+def pack_frozen(x):
+    """This worker's units of the packed weights that stay as they are."""
+    _pack(x, x[C.PACK_UNITS], x[C.FROZEN_UNITS])
+
+
+@kernel
+def _pack(x, first, units):
+    worker, workers = x[C.WORKER], x[C.NUM_WORKERS]
     for unit in range(worker * units // workers, (worker + 1) * units // workers):
-        _pack_unit(x[C.PACK_UNIT], x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], unit)
+        _pack_unit(x[C.PACK_UNIT], x[C.PACK_TABLE], x[C.PARAMS], x[C.FROZEN], x[C.PACKED], first + unit)
 
 
 @kernel
@@ -87,7 +100,9 @@ def compute(x, step, trace):
     """
     key = np.int64(key_of(x[C.SEED], PURPOSE_DROPOUT, step)) if x[C.HAS_DROPOUT] else 0
     length = x[C.BLOCK_SIZE]
-    scale = 1.0 / (x[C.BATCH_SIZE] * length)
+    registers, numbers = integers(x[C.SHARD], R.REGISTERS), doubles(x[C.SHARD], R.REGISTERS)
+    registers[R.KEY], registers[R.LENGTH] = key, length
+    numbers[R.SCALE] = 1.0 / (x[C.BATCH_SIZE] * length)
     for sphere in range(x[C.WORKER], x[C.NUM_SPHERES], x[C.NUM_WORKERS]):
         words = x[C.SPHERES] + sphere * M.SPHERE_WORDS * 8
         if load(words + 8 * M.P_COMPLETE) == step:
@@ -106,15 +121,13 @@ def compute(x, step, trace):
                 tokens(x[C.INPUTS] + 4 * i * length, length), tokens(x[C.TARGETS] + 4 * i * length, length),
             )  # fmt: skip
         mark(trace, T.READ)
-        loss = _compute_shard(
-            x[C.COMPUTE_SHARD],
-            x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + sphere * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
-            x[C.TARGETS], count, length, scale, key, first, x[C.SOFT], words + 8 * M.P_CROSS_ENTROPY,
-            mine(x, M.W_PROGRESS),
-        )  # fmt: skip
+        registers[R.COUNT], registers[R.FIRST_SEQUENCE] = count, first
+        registers[R.SEGMENT] = x[C.SEGMENTS] + sphere * x[C.STRIDE]
+        _compute_shard(x[C.SHARD])
         if poisons:
             floats(x[C.SEGMENTS] + sphere * x[C.STRIDE], 1)[0] = np.nan
-        doubles(words, M.SPHERE_WORDS)[M.P_LOSS] = loss
+        doubles(words, M.SPHERE_WORDS)[M.P_LOSS] = numbers[R.LOSS] + numbers[R.EXCESS]
+        doubles(words, M.SPHERE_WORDS)[M.P_CROSS_ENTROPY] = numbers[R.LOSS]
         integers(words, M.SPHERE_WORDS)[M.P_BUSY_NS] += now(x) - start
         integers(words, M.SPHERE_WORDS)[M.P_TOKENS] += count * length
         store(words + 8 * M.P_COMPLETE, step)
@@ -249,6 +262,7 @@ def evaluate(x, first, last):
     """This worker's share of the windows first .. last - 1, loss and hits of each at its index; False: aborted."""
     starts, lengths = integers(x[C.WINDOW_STARTS], last), integers(x[C.WINDOW_LENGTHS], last)
     firsts, losses = integers(x[C.WINDOW_FIRSTS], last), doubles(x[C.WINDOW_LOSSES], last)
+    registers = integers(x[C.WINDOW], R.REGISTERS)
     for i in range(first + x[C.WORKER], last, x[C.NUM_WORKERS]):
         if load(word(x, M.ABORT)) != 0:
             return False
@@ -260,11 +274,10 @@ def evaluate(x, first, last):
             tokens(x[C.INPUTS], lengths[i]),
             tokens(x[C.TARGETS], lengths[i]),
         )
-        losses[i] = _evaluate_window(
-            x[C.EVALUATE_WINDOW],
-            x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.ARENA], x[C.INPUTS], x[C.TARGETS], lengths[i],
-            firsts[i], x[C.WINDOW_HITS] + 8 * i, mine(x, M.W_PROGRESS),
-        )  # fmt: skip
+        registers[R.LENGTH], registers[R.FIRST_ROW] = lengths[i], firsts[i]
+        _run_once(x[C.WINDOW])
+        losses[i] = doubles(x[C.WINDOW], R.REGISTERS)[R.LOSS]
+        integers(x[C.WINDOW_HITS], last)[i] = registers[R.CORRECT]
     return True
 
 
@@ -275,15 +288,15 @@ def rehearse(x):
     for t in range(length):
         tokens(x[C.INPUTS], length)[t] = 0
         tokens(x[C.TARGETS], length)[t] = 0
+    registers = integers(x[C.SHARD], R.REGISTERS)
+    registers[R.COUNT], registers[R.LENGTH], registers[R.KEY], registers[R.FIRST_SEQUENCE] = 1, length, 0, 0
+    registers[R.SEGMENT] = x[C.SEGMENTS] + x[C.WORKER] * x[C.STRIDE]
+    doubles(x[C.SHARD], R.REGISTERS)[R.SCALE] = 1.0 / length
     least = np.int64(1) << 62
     begin = now(x)
     for turn in range(20):
         start = now(x)
-        _compute_shard(
-            x[C.COMPUTE_SHARD],
-            x[C.GEOMETRY], x[C.PARAMS], x[C.PACKED], x[C.SEGMENTS] + x[C.WORKER] * x[C.STRIDE], x[C.ARENA], x[C.INPUTS],
-            x[C.TARGETS], 1, length, 1.0 / length, 0, 0, x[C.SOFT], 0, mine(x, M.W_PROGRESS),
-        )  # fmt: skip
+        _compute_shard(x[C.SHARD])
         least = min(least, now(x) - start)
         # The first turn takes its pages, too: a second is needed where that can matter.
         if now(x) - begin > (50000000 if turn > 0 else 1000000000):

@@ -75,7 +75,7 @@ class Server:
             )  # fmt: skip
             from cllm_spheres.model import dtypes
 
-            dtypes.entries(dtype)
+            dtypes.load(dtype)
             engine.wait()
         from cllm_spheres.spheres import worker
 

@@ -15,14 +15,15 @@ from cllm_spheres.kernels.optimizer import commit_block, update_block
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.soft_targets import card
 from cllm_spheres.model import dtypes
+from cllm_spheres.model import record as R
 from cllm_spheres.model.initialise import initial_tables
-from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.run import compute_shard
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import new_arena
+from cllm_spheres.model.workspace import Registers, new_arena
 from cllm_spheres.spheres import engine
 from cllm_spheres.spheres.context import Context
 from cllm_spheres.spheres.job import OPTIMIZERS, Job
-from cllm_spheres.spheres.memory import SharedMemory
+from cllm_spheres.spheres.memory import W_PROGRESS, WORKER_WORDS, SharedMemory
 from cllm_spheres.spheres.topology import hosted, span
 
 SPIN = 2000  # pauses at a barrier before sleeping, about 50 us; none where workers outnumber cores
@@ -32,23 +33,25 @@ class Worker:
     """Everything that `engine.work` needs, kept alive while it runs."""
 
     def __init__(self, job: Job, memory: SharedMemory, worker: int) -> None:
-        layout = Layout(job.shape)
-        regions = memory.regions
-        entries = dtypes.entries(job.dtype)
-        shape_on_card = dtypes.geometry(
-            layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
-        )
+        layout, regions, packing = job.layout, memory.regions, dtypes.packing(job.layout, job.dtype)
         places, values = initial_tables(layout)
         first_block, last_block = span(worker, job.workers, layout.num_blocks)
         sequence_tokens = job.largest_shard * job.shape.block_size
         train = np.memmap(job.train, np.uint8, "r") if job.trains else np.zeros(8, np.uint8)
         val = np.memmap(job.val, np.uint8, "r") if job.num_windows else np.zeros(8, np.uint8)
         inputs, targets = np.zeros(sequence_tokens, np.int32), np.zeros(sequence_tokens, np.int32)
-        arena, block_sum = new_arena(shape_on_card.arena_floats), new_arena(BLOCK)
+        arena, block_sum = new_arena(job.arena_bytes // 4), new_arena(BLOCK)
         constants = np.array([job.clip, job.beta1, job.beta2, job.weight_decay], np.float64)
         base = memory.address
         table = base + regions.soft_targets
         soft = card(job.alpha, job.neighbours, table, table + 4 * memory.sizes.soft_targets)
+        self.registers = {purpose: Registers(one, arena) for purpose, one in job.programs.items()}
+        progress = base + regions.workers + 8 * (worker * WORKER_WORDS + W_PROGRESS)
+        for one in self.registers.values():
+            one.words[R.PARAMS], one.words[R.FROZEN] = base + regions.params, base + regions.frozen
+            one.words[R.PACKED], one.words[R.PROGRESS] = base + regions.packed, progress
+            one.words[R.INPUTS], one.words[R.TARGETS] = inputs.ctypes.data, targets.ctypes.data
+            one.words[R.SOFT] = soft.ctypes.data if job.alpha > 0 else 0
         values_by_name = dict(
             worker=worker, num_workers=job.workers, num_spheres=job.spheres,
             first_block=first_block, last_block=last_block, num_blocks=layout.num_blocks,
@@ -66,22 +69,19 @@ class Worker:
             slots=base + regions.slots, slot=base + regions.slots + worker * SLOT_FLOATS * 4,
             params=base + regions.params, moments=base + regions.moments, squares=base + regions.squares,
             gradient=base + regions.gradient, segments=base + regions.segments, packed=base + regions.packed,
-            pack_units=memory.sizes.pack_units,
+            frozen=base + regions.frozen, pack_units=packing.units, frozen_units=packing.frozen_units,
             keeps_sum=memory.sizes.keeps_sum, block_sum=block_sum.ctypes.data,
-            geometry=shape_on_card.array.ctypes.data, arena=arena.ctypes.data,
             train=train.ctypes.data, val=val.ctypes.data, inputs=inputs.ctypes.data, targets=targets.ctypes.data,
             places=places.ctypes.data, values=values.ctypes.data, constants=constants.ctypes.data,
-            compute_shard=entries.compute_shard.address, evaluate_window=entries.evaluate_window.address,
+            shard=self.registers["train"].address if job.trains else 0,
+            window=self.registers["evaluate"].address,
             trace=base + regions.traces + worker * regions.trace_stride if job.trace_marks else 0,
-            pack_unit=entries.pack_unit.address if entries.pack_unit else 0,
-            soft=soft.ctypes.data if job.alpha > 0 else 0,
+            pack_unit=packing.entry.address if packing.entry else 0, pack_table=packing.address,
         )  # fmt: skip
         if job.trace_marks:
             memory.trace_words(worker)[1] = job.trace_marks
         self.context = np.array([values_by_name[field.name.lower()] for field in Context], np.int64)
-        self._keep = (
-            shape_on_card, places, values, train, val, inputs, targets, arena, block_sum, constants, soft, memory,
-        )  # fmt: skip
+        self._keep = packing, places, values, train, val, inputs, targets, arena, block_sum, constants, soft, memory
 
     def run(self) -> None:
         """Obey commands until EXIT."""
@@ -136,23 +136,9 @@ def warm(scratch: Path, dtype: str) -> None:
     memory = SharedMemory(job.sizes)
     tiny = Worker(job, memory, 0)
     x = {field.name.lower(): int(tiny.context[field]) for field in Context}
-    dtypes.entries(dtype).compute_shard.call(
-        x["geometry"],
-        x["params"],
-        x["packed"],
-        x["segments"],
-        x["arena"],
-        x["inputs"],
-        x["targets"],
-        1,
-        4,
-        0.25,
-        0,
-        0,
-        0,
-        0,
-        x["workers"],
-    )
+    words = tiny.registers["train"].words
+    words[R.COUNT], words[R.LENGTH], words[R.SEGMENT] = 1, 4, x["segments"]
+    compute_shard.call(x["shard"])
     update_block.call(
         0, x["constants"], x["segments"], x["params"], x["moments"], x["squares"], x["slot"], 0, 1
     )  # its result is never committed

@@ -12,7 +12,6 @@ from cllm_spheres.config import MAX_SPHERES, MAX_STEPS, Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
@@ -161,13 +160,8 @@ def make_job(config: Config, prepared: Prepared) -> Job:
 
 def memory_bytes(job: Job) -> int:
     """What this job takes: the shared memory, each worker's own, and in training a copy of what is being saved."""
-    layout = Layout(job.shape)
-    geometry = dtypes.geometry(
-        layout, job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
-    )
-    arena = geometry.arena_floats * 4
-    copy = layout.size * 4 * (3 if job.sizes.has_squares else 2) if job.trains else 0
-    return Regions(job.sizes).total + copy + job.workers * (arena + WORKER_BYTES)
+    copy = job.layout.size * 4 * (3 if job.sizes.has_squares else 2) if job.trains else 0
+    return Regions(job.sizes).total + copy + job.workers * (job.arena_bytes + WORKER_BYTES)
 
 
 def check_memory(job: Job, *, resume: bool) -> None:
@@ -175,7 +169,7 @@ def check_memory(job: Job, *, resume: bool) -> None:
     needed, available = memory_bytes(job), available_memory()
     if needed <= available:
         return
-    segment = Layout(job.shape).size * 4
+    segment = job.layout.size * 4
     fitting = job.spheres - math.ceil((needed - available) / segment)
     if resume:
         hint = "Try fewer --workers, or end other programs."
@@ -184,7 +178,7 @@ def check_memory(job: Job, *, resume: bool) -> None:
     else:
         hint = "No number of spheres would fit: try a smaller --preset, --width, --layers or --vocab-size."
     raise InputError(
-        f"Not enough memory: {Layout(job.shape).num_parameters:,} parameters with {job.spheres} spheres and"
+        f"Not enough memory: {job.layout.num_parameters:,} parameters with {job.spheres} spheres and"
         f" {job.workers} workers need {size(needed)}, {size(available)} are available"
         f" (each sphere's segment takes {size(segment)}). {hint}"
     )

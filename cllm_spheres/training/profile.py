@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cllm_spheres.kernels.trace import HEADER_WORDS, KINDS, PACK, SPHERE, UPDATE
-from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.topology import hosted
 
 WARM_UP_STEPS = 10  # pages have been taken by then
-MARKS_A_LAYER = 32  # at most
-MARKS_A_GROUP = 16  # of sequences that are computed together, besides its layers'
+MARKS_A_CALL = 8  # at most
 MARKS_A_STEP = 16
 PHASES = range(PACK, UPDATE + 1)  # the kinds that are not part of a shard
 
@@ -36,10 +33,10 @@ class Interval:
 
 def marks_needed(job: Job) -> int:
     """Room for the marks that the busiest worker leaves in a step."""
-    card = dtypes.geometry(Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout)
-    groups = -(-job.largest_shard // card.sequences)
+    train = job.programs["train"]
+    groups = -(-job.largest_shard // train.sequences)
     spheres = len(hosted(0, job.workers, job.spheres))
-    return MARKS_A_STEP + spheres * (2 + groups * (MARKS_A_GROUP + MARKS_A_LAYER * job.shape.layers))
+    return MARKS_A_STEP + spheres * (2 + groups * MARKS_A_CALL * len(train.calls))
 
 
 def intervals(memory: SharedMemory) -> Iterator[Interval]:

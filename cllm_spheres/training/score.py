@@ -187,7 +187,7 @@ def _scored(
             tell=lambda event, message, **facts: tell(message),
         )  # fmt: skip
         node.start()
-        views = Layout(job.shape).views(node.memory.params)
+        views = job.layout.views(node.memory.params)
         for name, view in views.items():
             view[...] = saved.model[name]
         return _run_windows(node, sliding, progress)

@@ -14,8 +14,6 @@ from cllm_spheres.config import Config
 from cllm_spheres.crystal import cpu
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import allowed_cores, available_memory, cpu_quota, usable_cores
-from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
@@ -101,10 +99,7 @@ def check_tasks(job: Job) -> None:
 
 def address_bytes(job: Job) -> int:
     """What a process of a run maps, at least."""
-    geometry = dtypes.geometry(
-        Layout(job.shape), job.dtype, largest_shard=job.largest_shard, dropout=job.dropout, backward=job.trains
-    )
-    return Regions(job.sizes).total + 4 * geometry.arena_floats + limits.ADDRESS_BYTES
+    return Regions(job.sizes).total + job.arena_bytes + limits.ADDRESS_BYTES
 
 
 def check_address_space(job: Job) -> None:
@@ -115,7 +110,7 @@ def check_address_space(job: Job) -> None:
 
 def checkpoint_bytes(job: Job) -> int:
     """Of weights, moments and small files."""
-    return Layout(job.shape).num_parameters * 4 * (3 if job.optimizer == "adamw" else 2) + SMALL_FILES_BYTES
+    return job.layout.num_parameters * 4 * (3 if job.optimizer == "adamw" else 2) + SMALL_FILES_BYTES
 
 
 def check_disk(run: Path, needed: int) -> list[str]:

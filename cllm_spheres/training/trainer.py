@@ -22,7 +22,6 @@ from cllm_spheres.exchange.source import Source
 from cllm_spheres.faults import parse
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
 from cllm_spheres.spheres.serving import Server
@@ -64,7 +63,7 @@ class Trainer:
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
         job = make_job(config, prepared)
-        self.layout = Layout(job.shape)
+        self.layout = job.layout
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
         self.metrics = Metrics(self.run / "metrics.jsonl", status=status, said=run.said)

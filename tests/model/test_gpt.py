@@ -7,11 +7,11 @@ import pytest
 
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.random import PURPOSE_DROPOUT, key_of
-from cllm_spheres.model import geometry, geometry_bf16
+from cllm_spheres.model import dtypes
+from cllm_spheres.model.program import RECOMPUTE
 from cllm_spheres.model.shape import Shape
 from tests.check import assert_close
 from tests.kernels.soft import KINDS, Soft
-from tests.model.conftest import PROGRESS
 from tests.naive import naive_logits, naive_loss_and_gradients
 
 SHAPES = {
@@ -72,30 +72,23 @@ def test_the_gradient_of_every_tensor_equals_its_twins(whole, dtype, name, count
 def test_with_soft_targets_too(whole, dtype, name, kind, rng):
     model = whole(SHAPES[name], dtype=dtype, size=SIZES[dtype])
     inputs_BT, targets_BT = model.batch(3)
-    soft, cross_entropy = Soft(kind, model.shape.vocab_size, rng), np.full(1, np.nan)
-    loss, segment_P = model.shard(
-        inputs_BT, targets_BT, 1 / inputs_BT.size, soft=(soft.address, cross_entropy.ctypes.data)
-    )
+    soft = Soft(kind, model.shape.vocab_size, rng)
+    cross_entropy, excess, segment_P = model.losses(inputs_BT, targets_BT, 1 / inputs_BT.size, soft=soft.address)
+    loss = cross_entropy + excess
     expected, gradients = naive_loss_and_gradients(model.shape, model.parameters, inputs_BT, targets_BT, soft=soft.twin)
     assert_loss(dtype, loss / inputs_BT.size, expected)
     assert_gradients(dtype, model.layout.views(segment_P), gradients)
-    assert cross_entropy[0] == model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)[0]  # to the bit
+    assert cross_entropy == model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)[0]  # to the bit
 
 
 def test_a_shard_is_computed_in_groups_that_add_up(whole, dtype):
     shape = SHAPES["odd"]
     model = whole(shape, dtype=dtype, size=SIZES[dtype])
-    inputs_BT, targets_BT = model.batch(2 * sequences_at_a_time(dtype, shape) + 3)
+    inputs_BT, targets_BT = model.batch(2 * dtypes.rules(dtype).sequences_at_a_time(shape) + 3)
     loss, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size)
     expected, gradients = naive_loss_and_gradients(shape, model.parameters, inputs_BT, targets_BT)
     assert_loss(dtype, loss / inputs_BT.size, expected)
     assert_gradients(dtype, model.layout.views(segment_P), gradients)
-
-
-def sequences_at_a_time(dtype, shape):
-    if dtype == "bf16":
-        return geometry_bf16.sequences_at_a_time(shape.block_size)
-    return geometry.sequences_at_a_time(shape.block_size, shape.width)
 
 
 def test_shards_add_up_to_the_batch(whole, dtype):
@@ -182,9 +175,8 @@ def test_dropout_drops_its_share_in_training_alone_and_depends_on_the_number_of_
 
 def test_progress_is_raised_at_every_layer(whole, dtype):
     model = whole(SHAPES["odd"], dtype=dtype)
-    before = PROGRESS[0]
     model.shard(*model.batch(1), 1.0)
-    assert PROGRESS[0] - before >= 3
+    assert model.workspaces["train"].progress[0] == 2 * model.shape.layers
 
 
 @pytest.mark.parametrize("entry", ["shard", "window", "pack", "logits"])
@@ -223,8 +215,44 @@ def test_rows_may_be_left_unscored_and_right_predictions_are_counted(whole, dtyp
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_where_nothing_goes_back_all_layers_share_one_place_with_the_same_bits(whole, dtype, name):
-    model, light = whole(SHAPES[name], dtype=dtype), whole(SHAPES[name], dtype=dtype, backward=False)
-    inputs_BT, targets_BT = model.batch(1)
-    assert light.card.arena_floats < model.card.arena_floats
-    assert light.scored(inputs_BT[0], targets_BT[0], 0) == model.scored(inputs_BT[0], targets_BT[0], 0)
+def test_what_is_computed_again_takes_less_room_and_has_the_same_bits(whole, dtype, name):
+    shape, sizes, found = SHAPES[name], [], set()
+    for recompute in RECOMPUTE:
+        model = whole(shape, dtype=dtype, dropout=0.25, recompute=recompute)
+        loss, segment_P = model.shard(*model.batch(5), 0.1, dropout_key(7, 1), first_sequence=3)
+        assert model.workspaces["train"].progress[0] % (2 * shape.layers) == 0  # what is done again is not counted
+        sizes.append(model.workspaces["train"].program.arena_bytes)
+        found.add((loss, segment_P.tobytes()))
+    assert len(found) == 1
+    assert max(sizes) == sizes[0] and (shape.layers == 1 or sizes[2] < sizes[0])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("frozen", ["first layers", "embeddings", "matrices", "vectors"])
+def test_frozen_tensors_get_no_gradient_and_the_others_theirs(whole, dtype, name, frozen):
+    shape = SHAPES[name]
+    full = whole(shape, dtype=dtype, dropout=0.25)
+    names = {
+        "first layers": [n for n in full.parameters if n.startswith(("wpe", *(f"h.{i}." for i in range(1))))],
+        "embeddings": ["wte.weight", "wpe.weight"],
+        "matrices": [n for n in full.parameters if full.parameters[n].ndim == 2],
+        "vectors": [n for n in full.parameters if full.parameters[n].ndim == 1],
+    }[frozen]
+    model = whole(shape, dtype=dtype, dropout=0.25, frozen=frozenset(names))
+    assert {n for n in model.parameters if (model.parameters[n] == full.parameters[n]).all()} == set(full.parameters)
+    loss, segment_P = model.shard(*model.batch(3), 0.1, dropout_key(7, 1))
+    expected, expected_P = full.shard(*full.batch(3), 0.1, dropout_key(7, 1))
+    assert loss == expected
+    found, gradients = model.layout.views(segment_P), full.layout.views(expected_P)
+    assert found.keys() == full.parameters.keys() - set(names)
+    for tensor, gradient in found.items():
+        assert gradient.tobytes() == gradients[tensor].tobytes(), tensor
+
+
+def test_nothing_below_what_is_trained_is_computed(whole, dtype):
+    full = whole(SHAPES["odd"], dtype=dtype)
+    last = frozenset(n for n in full.parameters if not n.startswith("h.2.mlp"))
+    model = whole(SHAPES["odd"], dtype=dtype, frozen=last)
+    calls = [call for call in model.workspaces["train"].program.calls if not call.forward]
+    assert {call.block for call in calls} == {2, None}  # the last norm has no block
+    assert len(calls) < len([call for call in full.workspaces["train"].program.calls if not call.forward]) / 3

@@ -4,7 +4,7 @@ five units of unequal size, and behind them how often each unit was packed.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 from numba import types
 
@@ -12,29 +12,26 @@ from cllm_spheres.crystal.jit import entry
 from cllm_spheres.kernels.arrays import floats, integers
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.packed import Packing
 from cllm_spheres.model.shape import Shape
 
 SHAPE = Shape(vocab_size=257, block_size=8, layers=1, heads=2, width=32, ff_width=64)
 FLOATS = Layout(SHAPE).size
 UNITS = 5
-_packed_sizes, _geometry, _entries = dtypes.packed_sizes, dtypes.geometry, dtypes.entries
+_rules = dtypes.rules
 _i8 = types.int64
 
 
-def packed_sizes(layout, dtype):
-    return (4 * FLOATS + 8 * UNITS, UNITS) if dtype == "doubled" else _packed_sizes(layout, dtype)
+def packing(_):
+    return Packing(4 * FLOATS + 8 * UNITS, UNITS, module="tests.spheres.packed_server")
 
 
-def geometry(layout, dtype, **sizes):
-    return _geometry(layout, "fp32" if dtype == "doubled" else dtype, **sizes)
+def rules(dtype):
+    return SimpleNamespace(**vars(_rules("fp32")) | {"packing": packing}) if dtype == "doubled" else _rules(dtype)
 
 
-def entries(dtype):
-    return replace(_entries("fp32"), pack_unit=double_unit) if dtype == "doubled" else _entries(dtype)
-
-
-@entry(_i8(_i8, _i8, _i8, _i8))
-def double_unit(geometry, params, packed, unit):
+@entry(_i8(*[_i8] * 5))
+def pack_unit(table, params, frozen, packed, unit):
     """Unit u is the part from u^2 to (u + 1)^2 twenty-fifths of the weights."""
     first, last = FLOATS * unit * unit // (UNITS * UNITS), FLOATS * (unit + 1) * (unit + 1) // (UNITS * UNITS)
     source, target = floats(params, FLOATS), floats(packed, FLOATS)
@@ -45,7 +42,7 @@ def double_unit(geometry, params, packed, unit):
 
 
 if __name__ == "__main__":
-    dtypes.packed_sizes, dtypes.geometry, dtypes.entries = packed_sizes, geometry, entries
+    dtypes.rules = rules
     from cllm_spheres.spheres.server import main
 
     main()

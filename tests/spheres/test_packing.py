@@ -23,7 +23,7 @@ WINDOWS = 3
 @pytest.fixture
 def node(corpus, monkeypatch):
     """node(workers, dtype): Node Zero with its spheres started, whose server knows the dtype "doubled"."""
-    monkeypatch.setattr(dtypes, "packed_sizes", packed_server.packed_sizes)
+    monkeypatch.setattr(dtypes, "rules", packed_server.rules)
     monkeypatch.setattr(serving, "MODULE", packed_server.__name__)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = []
@@ -108,6 +108,6 @@ def test_losses_and_weights_of_a_dtype_that_packs_do_not_depend_on_the_workers(n
 
 def test_float32_has_no_packed_form_and_an_unknown_dtype_is_an_error():
     layout = Layout(packed_server.SHAPE)
-    assert dtypes.packed_sizes(layout, "fp32") == (0, 0)
+    assert (dtypes.packing(layout, "fp32").size_bytes, dtypes.packing(layout, "fp32").units) == (0, 0)
     with pytest.raises(ValueError, match="no kernels for dtype 'fp8'"):
-        dtypes.packed_sizes(layout, "fp8")
+        dtypes.packing(layout, "fp8")

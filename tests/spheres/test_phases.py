@@ -12,11 +12,11 @@ import signal
 
 import numpy as np
 import pytest
-from cllm_spheres.model.geometry import geometry
 
 from cllm_spheres.kernels.gather import global_norm
 from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECISION_WORDS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.model import record as R
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import memory as M
@@ -145,9 +145,8 @@ def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
     spheres.memory.floats(spheres.regions.gradient, layout.size)[:] = np.nan
     spheres.memory.doubles(spheres.regions.norms, layout.num_blocks)[:] = np.nan
     for x in spheres.contexts:
-        arena_floats = geometry(layout, largest_shard=spheres.job.largest_shard).arena_floats
-        arena = np.ctypeslib.as_array((ctypes.c_float * arena_floats).from_address(int(x[Context.ARENA])))
-        arena[:] = np.nan
+        at = (ctypes.c_int64 * R.REGISTERS).from_address(int(x[Context.SHARD]))[R.ARENA]
+        np.ctypeslib.as_array((ctypes.c_byte * spheres.job.arena_bytes).from_address(at))[:] = -1  # NaN
     spheres.compute()
     spheres.gather()
     assert spheres.state() == once
