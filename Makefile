@@ -6,7 +6,7 @@ BEGAN := $(shell date +%s)
 # A part of the work: says what it does, and at its end how long it took. $(call part,what,command)
 part = @printf '%s ...\n' "$(1)"; began=$$(date +%s); $(2) && echo "... done in $$(($$(date +%s) - began)) s."
 
-.PHONY: train test test-backends check faults conformance harness install
+.PHONY: train test test-bench test-backends check faults conformance harness install
 
 # The kernels that write are compiled beside the training, on what it leaves of the cores; `generate` compiles the rest.
 train: .venv/installed
@@ -17,14 +17,23 @@ train: .venv/installed
 	echo "Writing with it:" && $(BIN)/cllm-spheres generate --prompt "def " --tokens 150 && \
 	echo "All of it took $$(($$(date +%s) - $(BEGAN))) s. More text: $(BIN)/cllm-spheres generate --prompt 'class '"
 
+# Two tests at a time. The kernels are compiled first, because both processes would compile all of them.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 25 -m "not bench"
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.compile
+	$(PYTEST)
+
+# Small runs of the benchmarks, one at a time, because they measure.
+test-bench: .venv/installed-dev
+	$(BIN)/python -m pytest tests/bench
 
 # All tests once for each lesser CPU that this one can be taken for, such as one that has AVX2 and no AVX-512.
 test-backends: .venv/installed-dev
 	levels=$$($(BIN)/python -m cllm_spheres.crystal.cpu) || exit 1; \
 	for level in $$(echo "$$levels" | head -n -1); do \
-		echo "CLLM_SPHERES_CPU=$$level" && CLLM_SPHERES_CPU=$$level $(BIN)/python -m pytest || exit 1; done
+		echo "CLLM_SPHERES_CPU=$$level" && export CLLM_SPHERES_CPU=$$level && \
+		$(BIN)/python -m tests.compile && $(PYTEST) || exit 1; done
 
 # The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.
 faults: .venv/installed-dev
@@ -41,7 +50,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" --timeout 120
+	$(BIN)/python -m pytest -m "not slow and not bench" --timeout 120
 
 # What lm-evaluation-harness says of a run behind our server: make harness RUN=runs/NAME. It takes about 1 GB of disk.
 harness: .venv/installed .venv-harness/installed

@@ -167,9 +167,9 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
+    plan = {name: cases_of(SIZES[name], torch) for name in order["sizes"]}
     _say("The peaks of this core: about 10 s")
     print(json.dumps(measure_peaks() | {"torch": torch.__version__ if torch else None}), flush=True)
-    plan = {name: cases_of(SIZES[name], torch) for name in order["sizes"]}
     total, done, began = sum(map(len, plan.values())), 0, time.monotonic()
     spoke = began - 1
     for name, cases in plan.items():

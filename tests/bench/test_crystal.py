@@ -179,7 +179,17 @@ def curves(folder: Path) -> dict[str, list]:
     return {key: record["curve"] for key, record in Records(folder / "crystal.jsonl").runs().items()}
 
 
-@pytest.mark.slow
+def test_a_grid_of_one_initialisation_is_trained_and_reported(words, tmp_path, capsys):
+    own = options(tmp_path / "out", words, only=("grid",), inits=("gpt2",), seeds=1)
+    assert crystal.run(own) == 0
+    report = (own.out / "crystal.md").read_text()
+    assert report in capsys.readouterr().out and str(tmp_path) not in report
+    found = curves(own.out)
+    assert len({curve[-1][1] for curve in found.values()}) == len(found) == 4  # no option is ignored
+    assert list(own.work.iterdir()) == []
+
+
+@pytest.mark.bench
 def test_a_small_grid_is_trained_once_and_reported(words, tmp_path, monkeypatch, capsys):
     own = options(tmp_path / "out", words)
     assert crystal.run(own) == 0
@@ -207,7 +217,7 @@ def test_the_lattice_alone_is_reported_too(words, tmp_path):
     assert "| crystalline 0.1 | lattice | 2 | 3.0000 ± 0.0000 |" in report and "| gpt2 |" not in report
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_grid_that_was_interrupted_goes_on_to_the_same_numbers(words, tmp_path):
     own = options(tmp_path / "whole", words, only=("grid",), inits=("gpt2",), seeds=1, steps=3000)
     assert crystal.run(own) == 0
@@ -230,7 +240,7 @@ def test_a_grid_that_was_interrupted_goes_on_to_the_same_numbers(words, tmp_path
     assert curves(tmp_path / "parts") == curves(own.out)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_run_that_was_begun_goes_on_and_a_damaged_one_begins_anew(words, tmp_path):
     one = Task(Corpus("words", words), "minimal", CRYSTAL, 1, 40, 200, "fp32")
     whole = crystal_grid.train(one, tmp_path / "whole", 1)["curve"]
@@ -243,7 +253,7 @@ def test_a_run_that_was_begun_goes_on_and_a_damaged_one_begins_anew(words, tmp_p
     assert not any((tmp_path / name).exists() for name in ("whole", "begun", "damaged"))
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_the_cost_of_every_loss_is_measured_in_turn(words, tmp_path, capsys):
     own = options(tmp_path / "out", words, only=("cost",), cost_presets=("minimal",), rounds=2, seconds=0.01)
     assert crystal.run(own) == 0

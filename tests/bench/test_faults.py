@@ -11,7 +11,7 @@ from cllm_spheres_bench.faults_run import Sample
 from cllm_spheres.errors import InputError
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_disturbed_runs_are_compared_with_an_undisturbed_one(tmp_path, capsys):
     options = faults.Options(kills=6, workers=(1, 3), preset="tiny", steps=4000, every_s=0.02, out=tmp_path)
     assert faults.run(options) == 0
@@ -21,15 +21,16 @@ def test_disturbed_runs_are_compared_with_an_undisturbed_one(tmp_path, capsys):
     assert "| all | " in (tmp_path / "faults.md").read_text()
 
 
-@pytest.mark.slow
 def test_a_run_that_ends_in_other_bits_is_found(tmp_path, monkeypatch):
     bits = iter(range(10))
     monkeypatch.setattr(faults, "bits", lambda run: next(bits))
-    options = faults.Options(kills=1, workers=(2,), preset="tiny", steps=4000, every_s=0.02, out=tmp_path)
+    options = faults.Options(kills=1, workers=(2,), preset="minimal", steps=3000, every_s=0.02, out=tmp_path)
     assert faults.run(options) == 1
+    (kill,) = json.loads((tmp_path / "faults.json").read_text())["kills"]
+    assert kill["workers"] == 2 and 0 < kill["seconds"] < 60
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_long_run_is_sampled(tmp_path):
     options = faults.Options(minutes=0.2, workers=(3,), preset="tiny", every_s=0.5, out=tmp_path)
     assert faults.run(options) == 0

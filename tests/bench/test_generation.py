@@ -56,7 +56,7 @@ def test_the_tables_say_what_was_measured():
     assert "| S2, fp32, 1 | 90 | 200 |" in document
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_whole_comparison_is_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(text(100))
     prepared = prepare_cached([tmp_path / "text.txt"], "byte")

@@ -14,7 +14,7 @@ from cllm_spheres_bench.sizes import SIZES
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.model.dtypes import usable
 from cllm_spheres.model.shape import Shape
-from tests.runs import command
+from tests.runs import command, command_here
 
 HAS_BF16 = usable("bf16") == "bf16"
 SMALL = Shape(vocab_size=10, block_size=6, layers=3, heads=2, width=4, ff_width=8)
@@ -116,6 +116,7 @@ def test_a_dtype_without_a_peak_or_another_has_neither_share_nor_ratio():
     assert "| 900 (900 to 900) | 800 (800 to 800) | – | – | – |" in text and "PyTorch was not installed" in text
 
 
+@pytest.mark.bench
 def test_a_run_of_the_smallest_size_writes_its_tables_and_keeps_other_sizes(tmp_path):
     other = result() | {"size": "S5"}
     (tmp_path / "kernels.json").write_text(json.dumps({"sizes": {"S5": other}}))
@@ -151,6 +152,6 @@ def test_a_measuring_process_that_fails_is_told():
      (["--seconds", "0"], ["--seconds"])],
 )  # fmt: skip
 def test_what_is_not_possible_is_named(arguments, words, tmp_path):
-    done = command("bench", "kernels", *arguments, cwd=tmp_path)
+    done = command_here("bench", "kernels", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and all(word in done.stderr for word in words)
     assert "Traceback" not in done.stderr

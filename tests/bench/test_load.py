@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from cllm_spheres_bench.load import Options, run
 from cllm_spheres_bench.load_http import Answer
 from cllm_spheres_bench.load_report import leaks
@@ -11,6 +12,7 @@ from cllm_spheres_bench.load_report import leaks
 from tests.runs import corpus, train_whole  # noqa: F401
 
 
+@pytest.mark.bench
 def test_many_clients_and_bad_ones_lose_nothing_and_leave_nothing(corpus, tmp_path, capsys):  # noqa: F811
     trained = train_whole(corpus, tmp_path / "run", steps=2, block_size=32).run
     options = Options(trained, clients=12, requests=3, tokens=24, bodies=300, slots=4, out=tmp_path)

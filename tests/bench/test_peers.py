@@ -15,7 +15,7 @@ from cllm_spheres_bench.sizes import SIZES, STEPS
 
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.training import schedule
-from tests.runs import command
+from tests.runs import command_here
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TORCH = peers.importlib.util.find_spec("torch") is not None
@@ -133,7 +133,7 @@ def test_more_workers_than_sequences_are_refused_by_name():
 
 @pytest.mark.skipif(HAS_TORCH, reason="PyTorch is here")
 def test_without_pytorch_the_command_says_how_to_get_it(tmp_path):
-    result = command("bench", "peers", cwd=tmp_path)
+    result = command_here("bench", "peers", cwd=tmp_path)
     assert result.returncode == 2
     assert "pip install 'cllm-spheres[bench]'" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -149,15 +149,15 @@ def test_without_pytorch_the_command_says_how_to_get_it(tmp_path):
     ],
 )
 def test_what_is_not_known_is_named(arguments, words, tmp_path):
-    result = command("bench", "peers", *arguments, cwd=tmp_path)
+    result = command_here("bench", "peers", *arguments, cwd=tmp_path)
     assert result.returncode == 2 and all(word in result.stderr for word in words)
     assert "Traceback" not in result.stderr
 
 
 def test_help_names_the_benchmarks_and_their_options(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert "peers" in command("bench", "--help", cwd=tmp_path).stdout
-    shown = command("bench", "peers", "--help", cwd=tmp_path)
+    assert "peers" in command_here("bench", "--help", cwd=tmp_path).stdout
+    shown = command_here("bench", "peers", "--help", cwd=tmp_path)
     assert shown.returncode == 0
     for option in ("--sizes", "--dtypes", "--repeats", "--seconds", "--workers", "--spheres", "--modes", "--out"):
         assert option in shown.stdout

@@ -86,7 +86,7 @@ def test_strong_scaling_keeps_the_batch_and_weak_scaling_the_shard(tmp_path):
         scaling.jobs(scaling.Options(workers=(1, 8), batch_size=4), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_small_run_writes_what_it_measured(tmp_path, capsys):
     options = scaling.Options(preset="minimal", dtype="fp32", workers=(1, 3), spheres=5, seconds=0.05, out=tmp_path)
     assert scaling.run(options) == 0

@@ -1,4 +1,4 @@
-"""Bad input through the real console script: exit code 2, words instead of a traceback, nothing left behind."""
+"""Bad input on the command line: exit code 2, words instead of a traceback, nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.runs import command, text
+from tests.runs import command, command_here, text
 
 CASES = {
     # words of the command line, what is said (of it all must appear)
@@ -196,7 +196,7 @@ def test_bad_input_ends_with_2_and_says_what_to_do_and_leaves_nothing(place, cor
     line, expected = CASES[name]
     names = {"corpus": corpus, "run": trained}
     before = contents(place), contents(trained), contents(corpus)
-    result = command(*line.format(**names).split(), cwd=place, env=os.environ | {"COLUMNS": "200"})
+    result = command_here(*line.format(**names).split(), cwd=place, env={"COLUMNS": "200"})
     assert result.returncode == 2, result
     for words in expected:
         assert words.format(**names) in result.stderr

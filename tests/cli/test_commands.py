@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from cllm_spheres.events import read
-from tests.runs import command, text
+from tests.runs import command, command_here, text
 
 # The words of the contract: scripts and people rely on them.
 TRAIN = (
@@ -40,7 +40,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_names_every_option_of_the_contract_and_fits_80_columns(name, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = command(name, "--help", cwd=tmp_path)
+    result = command_here(name, "--help", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     shown = set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
     assert set(OPTIONS[name].split()) <= shown
@@ -56,13 +56,15 @@ def test_help_names_every_option_of_the_contract_and_fits_80_columns(name, tmp_p
     "name", ["serve", "crystal", "bench peers", "bench scaling", "bench kernels", "bench load", "bench crystal"]
 )
 def test_help_names_the_extra_that_a_command_needs(name, tmp_path):
-    assert re.search(r"pip\s+install\s+'cllm-spheres\[[a-z]+\]'", command(*name.split(), "--help", cwd=tmp_path).stdout)
+    assert re.search(
+        r"pip\s+install\s+'cllm-spheres\[[a-z]+\]'", command_here(*name.split(), "--help", cwd=tmp_path).stdout
+    )
 
 
 def test_help_names_every_command_and_nothing_is_an_error_that_shows_it(tmp_path):
-    result = command("--help", cwd=tmp_path)
+    result = command_here("--help", cwd=tmp_path)
     assert result.returncode == 0 and all(name in result.stdout for name in OPTIONS)
-    assert all(name in command(cwd=tmp_path).stdout for name in OPTIONS)
+    assert all(name in command_here(cwd=tmp_path).stdout for name in OPTIONS)
 
 
 def test_python_m_does_what_the_command_does(tmp_path):
@@ -96,7 +98,7 @@ def test_prepare_data_train_generate_and_watch(tmp_path):
         (tmp_path / "texts" / f"{i}.txt").write_text(text(30, seed=i))
     prepared = command("prepare", "texts", "--tokenizer", "bpe", "--vocab-size", 300, "--out", "out", cwd=tmp_path)
     assert prepared.returncode == 0 and "cllm-spheres train out" in prepared.stdout, prepared.stderr
-    shown = command("data", "out", cwd=tmp_path)
+    shown = command_here("data", "out", cwd=tmp_path)
     assert shown.returncode == 0 and "bpe, vocabulary 300" in shown.stdout
 
     options = "--preset tiny --steps 200 --workers 2 --run run --eval-every 100 --seed 3 --warmup 5 --lr 3e-3"
@@ -107,18 +109,18 @@ def test_prepare_data_train_generate_and_watch(tmp_path):
     assert len(evaluations) == 3 and max(evaluations[1:]) < evaluations[0] - 0.5
 
     words = ["generate", "run", "--prompt", "abc", "--tokens", 20, "--seed", 7]
-    first, same = (command(*words, cwd=tmp_path) for _ in range(2))
+    first, same = command(*words, cwd=tmp_path), command_here(*words, cwd=tmp_path)
     assert first.returncode == 0 and first.stdout.startswith("abc") and first.stdout == same.stdout
-    assert command(*words[:-1], 8, cwd=tmp_path).stdout != first.stdout
-    greedy = command(*words, "--temperature", 0, cwd=tmp_path)
-    assert command(*words[:-2], "--top-k", 1, cwd=tmp_path).stdout == greedy.stdout
-    assert command(*words, "--checkpoint", "last", cwd=tmp_path).returncode == 0
+    assert command_here(*words[:-1], 8, cwd=tmp_path).stdout != first.stdout
+    greedy = command_here(*words, "--temperature", 0, cwd=tmp_path)
+    assert command_here(*words[:-2], "--top-k", 1, cwd=tmp_path).stdout == greedy.stdout
+    assert command_here(*words, "--checkpoint", "last", cwd=tmp_path).returncode == 0
     check_many_texts(tmp_path, first.stdout)
 
-    watched = command("watch", "run", "--plain", "--once", cwd=tmp_path)
+    watched = command_here("watch", "run", "--plain", "--once", cwd=tmp_path)
     assert watched.returncode == 0
     assert "200/200" in watched.stdout and f"val {evaluations[-1]:.4f}" in watched.stdout
-    assert command("watch", "run", "--svg", "picture.svg", cwd=tmp_path).returncode == 0
+    assert command_here("watch", "run", "--svg", "picture.svg", cwd=tmp_path).returncode == 0
     assert "<svg" in (tmp_path / "picture.svg").read_text()[:200]
 
 
@@ -127,27 +129,27 @@ def check_many_texts(place, alone):
     (place / "prompts.txt").write_text("abc\r\n\nthe\n")
     (place / "prompts.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "the"}\n')
     words = ["generate", "run", "--tokens", 20, "--seed", 7]
-    shown = command(*words, "--prompts", "prompts.txt", cwd=place)
+    shown = command_here(*words, "--prompts", "prompts.txt", cwd=place)
     assert shown.returncode == 0, shown.stderr
     texts = dict(re.findall(r"^--- prompt (\d), text 1 ---\n(.*?)(?=^---|\Z)", shown.stdout, re.M | re.S))
     assert texts["1"] == alone and texts["2"].startswith("the")
-    lines = command(*words, "--prompts", "prompts.jsonl", "--samples", 3, "--json", "--threads", 2, cwd=place)
+    lines = command_here(*words, "--prompts", "prompts.jsonl", "--samples", 3, "--json", "--threads", 2, cwd=place)
     records = {(r["prompt"], r["sample"]): r for r in map(json.loads, lines.stdout.splitlines())}
     assert len(records) == 6 and "abc" + records["abc", 0]["text"] + "\n" == alone
     assert len({r["text"] for r in records.values()}) == 6 and {r["number"] for r in records.values()} == {0, 1}
     assert all(r["tokens"] == 20 and r["ended"] == "length" for r in records.values())
 
-    stopped = command(*words, "--prompt", "abc", "--stop", records["abc", 0]["text"][3:6], cwd=place)
+    stopped = command_here(*words, "--prompt", "abc", "--stop", records["abc", 0]["text"][3:6], cwd=place)
     assert alone.startswith(stopped.stdout[:-1]) and len(stopped.stdout) < len(alone)
-    assert command(*words, "--prompt", "abc", "--dtype", "bf16", cwd=place).stdout.startswith("abc")
-    other = command(*words, "--prompt", "abc", "--repetition-penalty", 3, "--min-p", 0.01, cwd=place)
+    assert command_here(*words, "--prompt", "abc", "--dtype", "bf16", cwd=place).stdout.startswith("abc")
+    other = command_here(*words, "--prompt", "abc", "--repetition-penalty", 3, "--min-p", 0.01, cwd=place)
     assert other.returncode == 0 and other.stdout != alone
 
     words = ["generate", "run", "--prompt", "abc", "--tokens", 5, "--beams", 3]
-    best = command(*words, "--json", "--best", 2, "--length-penalty", 0, cwd=place)
+    best = command_here(*words, "--json", "--best", 2, "--length-penalty", 0, cwd=place)
     one, two = map(json.loads, best.stdout.splitlines())
     assert one["score"] >= two["score"] and one["score"] == one["logprob"] and one["text"] != two["text"]
-    assert command(*words, "--length-penalty", 0, cwd=place).stdout == "abc" + one["text"] + "\n"
+    assert command_here(*words, "--length-penalty", 0, cwd=place).stdout == "abc" + one["text"] + "\n"
 
 
 def test_options_from_a_file_give_way_to_the_command_line(tmp_path):

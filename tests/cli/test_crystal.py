@@ -271,9 +271,9 @@ def test_damaged_data_are_told(corpus, tmp_path):  # noqa: F811
     assert "nowhere" in refusal(tmp_path / "nowhere")
 
 
-def test_of_a_run_its_own_text_is_shown(corpus, tmp_path):  # noqa: F811
+def test_of_a_run_its_own_text_is_shown(show, corpus, tmp_path):  # noqa: F811
     train_whole(corpus, tmp_path / "run", steps=1)
-    of_run, of_corpus = (command("crystal", path, "--show", "groups") for path in (tmp_path / "run", corpus))
-    assert (of_run.returncode, of_run.stdout) == (0, of_corpus.stdout)
-    refused = command("crystal", tmp_path / "run", "--tokenizer", "char")
-    assert refused.returncode == 2 and "is a run, whose text is prepared already: leave --tokenizer" in refused.stderr
+    assert show(tmp_path / "run", "--show", "groups") == show(corpus, "--show", "groups")
+    assert "is a run, whose text is prepared already: leave --tokenizer" in refusal(
+        tmp_path / "run", "--tokenizer", "char"
+    )

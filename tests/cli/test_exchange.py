@@ -1,4 +1,4 @@
-"""`export`, `import` and `train --from` through the console script: what they print, and what bad input brings."""
+"""`export`, `import` and `train --from` as they are typed: what they print, and what bad input brings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.exchange.models import GOLDEN, contents
-from tests.runs import command, text
+from tests.runs import command, command_here, text
 
 OPTIONS = {
     "export": "--to --dtype --checkpoint --force",
@@ -22,7 +22,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_names_every_option_and_fits_80_columns(name, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = command(name, "--help", cwd=tmp_path)
+    result = command_here(name, "--help", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     assert set(OPTIONS[name].split()) <= set(re.findall(r"--[a-z][a-z0-9-]*", result.stdout))
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -46,7 +46,7 @@ def test_a_model_comes_in_is_trained_further_and_goes_out(tmp_path):
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("model: step 4 of run as f32, 6 files, ") and "from_pretrained('model')" in out.stdout
     assert len(out.stdout.split("Next, in Python:\n")[1].splitlines()) == 3
-    out = command("export", "run", "model.gguf", "--to", "gguf", "--dtype", "f16", cwd=tmp_path)
+    out = command_here("export", "run", "model.gguf", "--to", "gguf", "--dtype", "f16", cwd=tmp_path)
     assert (
         out.returncode == 0
         and "of run as f16, 1 file, " in out.stdout
@@ -57,9 +57,9 @@ def test_a_model_comes_in_is_trained_further_and_goes_out(tmp_path):
 
 def test_prepare_takes_a_models_tokenizer(tmp_path):
     (tmp_path / "book.txt").write_text(text(60))
-    done = command("prepare", "book.txt", "--from", GOLDEN / "plain", "--out", "out", cwd=tmp_path)
+    done = command_here("prepare", "book.txt", "--from", GOLDEN / "plain", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0 and "bpe with a vocabulary of 280" in done.stdout, done.stderr
-    refused = command(
+    refused = command_here(
         "prepare", "book.txt", "--from", GOLDEN / "plain", "--tokenizer", "byte", "--out", "x", cwd=tmp_path
     )
     assert refused.returncode == 2 and "leave --tokenizer and --vocab-size out" in refused.stderr
@@ -106,7 +106,7 @@ def place(tmp_path_factory):
 def test_bad_input_ends_with_2_and_says_what_to_do_and_leaves_nothing(place, trained, name):
     line, expected = CASES[name]
     before = contents(place), contents(trained)
-    result = command(*line.format(run=trained).split(), cwd=place, env=os.environ | {"COLUMNS": "200"})
+    result = command_here(*line.format(run=trained).split(), cwd=place, env={"COLUMNS": "200"})
     assert result.returncode == 2, result
     for words in expected:
         assert words in result.stderr
