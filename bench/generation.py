@@ -32,9 +32,9 @@ from cllm_spheres_bench.sizes import Size, prepare_text
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.export import export
-from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options as Writing
+from cllm_spheres.model.families import family_of
 from cllm_spheres.model.initialise import initial_tables, initialise_block
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.workspace import new_arena
@@ -89,7 +89,8 @@ def make_run(size: Size, folder: Path) -> Path:
     run = folder / size.name
     run.mkdir()
     Store(run).save(
-        0, layout.views(params_P), {}, {"layout": asdict(size.shape)}, huggingface_config(size.shape, prepared.eot),
+        0, layout.views(params_P), {}, {"layout": asdict(size.shape)},
+        family_of(size.shape).files.config(size.shape, prepared.eot, 0.0),
         prepared.folder / "tokenizer.json",
     )  # fmt: skip
     return run

@@ -17,6 +17,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.events import read
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.exchange.tokenizer_out import end_of_text
+from cllm_spheres.model.families import family_of
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.text.folder import MANIFEST_BYTES, is_prepared, read_regular
 
@@ -24,13 +25,13 @@ _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
+- {tag}
 - cllm-spheres
 ---
 
 # {name}
 
-A GPT-2 of {parameters:,} parameters, trained with cllm-spheres {version}.
+A {title} of {parameters:,} parameters, trained with cllm-spheres {version}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,8 +63,10 @@ def model_card(source: Source, name: str, dtype: str) -> str:
         "weights stored as": dtype,
     }  # fmt: skip
     biases = "" if shape.bias else "It was trained without biases: those stored here are zeros.\n"
+    family = family_of(shape)
     return _CARD.format(
-        name=_plain(name), parameters=Layout(shape).num_parameters, version=_version(), eot=end_of_text(tokenizer),
+        tag=family.files.model_type, title=family.title, name=_plain(name), version=_version(),
+        parameters=Layout(shape).num_parameters, eot=end_of_text(tokenizer),
         tokens=max(1, min(100, shape.block_size - 1)), block=shape.block_size, biases=biases, model=_table(model),
         training=_table(_training(source.checkpoint)),
     )  # fmt: skip

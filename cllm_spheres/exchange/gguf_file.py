@@ -1,8 +1,8 @@
 """A checkpoint of a run -> a GGUF file that llama.cpp loads. Needs the package gguf (the extra `export`).
 
-GPT-2's matrices are [in, out] in our files and [out, in] here. The output matrix is written though it is tied: not
-every reader ties it. Vectors and positions stay float32, as llama.cpp's own converter leaves them; in a file of q4_0
-the output matrix is q8_0, because llama.cpp's own quantiser gives it more bits too.
+Matrices of products are [out, in] here. The output matrix is written where it is tied, too: not every reader ties it.
+Vectors and positions stay float32, as llama.cpp's own converter leaves them; in a file of q4_0 the output matrix is
+q8_0, because llama.cpp's own quantiser gives it more bits too.
 """
 
 from __future__ import annotations
@@ -16,20 +16,14 @@ import numpy as np
 
 from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.gguf_vocabulary import vocabulary
-from cllm_spheres.exchange.huggingface import with_biases
+from cllm_spheres.exchange.huggingface import stored_tensors
 from cllm_spheres.exchange.narrow import narrow
-from cllm_spheres.exchange.quantise import QUANTISED, can_be_quantised, kept_in_f16, quantise
+from cllm_spheres.exchange.quantise import QUANTISED, can_be_quantised, is_turned, kept_in_f16, quantise
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.exchange.target import check_file, write_file
+from cllm_spheres.model.families import described, family_of
 
-_TOP = {
-    "wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight", "ln_f.weight": "output_norm.weight",
-    "ln_f.bias": "output_norm.bias",
-}  # fmt: skip
-_LAYER = {
-    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-}  # fmt: skip
+OUTPUT = "output.weight"
 _FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
@@ -44,7 +38,7 @@ def export_gguf(source: Source, target: Path, dtype: str, force: bool) -> dict[s
     weights = list(_tensors(gguf, source, dtype))
 
     def write(path: Path) -> None:
-        writer = gguf.GGUFWriter(path, "gpt2")
+        writer = gguf.GGUFWriter(path, family_of(source.shape).files.architecture)
         try:
             _describe(writer, gguf, source, target.stem, dtype)
             writer.add_tokenizer_model("gpt2")
@@ -78,14 +72,11 @@ def _library() -> ModuleType:
 
 
 def _describe(writer: Any, gguf: ModuleType, source: Source, name: str, dtype: str) -> None:
-    shape = source.shape
+    files = family_of(source.shape).files
     writer.add_name(name)
-    writer.add_context_length(shape.block_size)
-    writer.add_embedding_length(shape.width)
-    writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.ff_width)
-    writer.add_head_count(shape.heads)
-    writer.add_layer_norm_eps(1e-5)
+    for key, value in files.gguf_keys(source.shape).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{files.architecture}.{key}", value)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     if dtype in QUANTISED:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -93,28 +84,24 @@ def _describe(writer: Any, gguf: ModuleType, source: Source, name: str, dtype: s
 
 def _tensors(gguf: ModuleType, source: Source, dtype: str) -> Iterator[tuple[str, np.ndarray, str]]:
     """llama.cpp's names, the bytes of C-contiguous arrays as uint8 of the same dimensions, and the dtypes."""
-    for name, values in with_biases(source).items():
-        theirs = _TOP.get(name) or _layer_name(name)
-        if values.ndim == 2 and name.startswith("h."):
+    description = described(source.shape)
+    head, positions = description.output.weight, description.embedding.positions
+    for tensor, values in stored_tensors(source):
+        if is_turned(tensor):
             values = np.ascontiguousarray(values.T)
-        stored = _stored(gguf, name, values, dtype)
-        yield theirs, *stored
-        if name == "wte.weight":
-            yield "output.weight", *(_stored(gguf, name, values, "q8_0") if dtype == "q4_0" else stored)
+        stored = _stored(gguf, tensor.name, values, "f32" if tensor.name == positions else dtype)
+        if tensor.gguf != OUTPUT:
+            yield tensor.gguf, *stored
+        if tensor.name == head:
+            yield OUTPUT, *(_stored(gguf, tensor.name, values, "q8_0") if dtype == "q4_0" else stored)
 
 
 def _stored(gguf: ModuleType, name: str, values: np.ndarray, dtype: str) -> tuple[np.ndarray, str]:
     """The bytes of a tensor, and the dtype that it can have."""
-    if values.ndim == 1 or name == "wpe.weight":
+    if values.ndim == 1:
         dtype = "f32"
     elif dtype in QUANTISED and not can_be_quantised(values.shape[1]):
         dtype = "f16"
     if dtype in QUANTISED:
         return quantise(gguf, name, values, dtype), dtype
     return narrow(name, values, dtype).view(np.uint8), dtype
-
-
-def _layer_name(name: str) -> str:
-    _, layer, rest = name.split(".", 2)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{_LAYER[module]}.{kind}"

@@ -1,10 +1,9 @@
-"""A checkpoint of a run -> a folder that transformers loads as a GPT-2, with tokenizer and model card."""
+"""A checkpoint of a run -> a folder that transformers loads, with tokenizer and model card."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import numpy as np
 
 from cllm_spheres.checkpoint import tensors
 from cllm_spheres.exchange.card import model_card
-from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.exchange.narrow import SAFETENSORS, TORCH, narrow
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.exchange.target import check_folder, write_folder
 from cllm_spheres.exchange.tokenizer_out import tokenizer_config, tokenizer_json
-from cllm_spheres.model.layout import tensor_shapes
-from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.description import Tensor
+from cllm_spheres.model.families import family_of
+from cllm_spheres.model.layout import Layout
 
 NAMES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -31,10 +30,10 @@ def export_huggingface(source: Source, target: Path, dtype: str, force: bool) ->
     check_folder(target, NAMES, force)
     eot = source.tokenizer.eot
     dropout = source.checkpoint.config.get("resid_pdrop", 0.0) if source.checkpoint else 0.0
-    config = huggingface_config(source.shape, eot, dropout)
-    del config["bias"]  # there are biases always
+    config = family_of(source.shape).files.config(source.shape, eot, dropout)
+    config.pop("bias", None)  # a word of ours
     config |= {"pad_token_id": eot, "dtype": TORCH[dtype], "torch_dtype": TORCH[dtype]}
-    weights = {f"transformer.{name}": narrow(name, values, dtype) for name, values in with_biases(source).items()}
+    weights = {t.huggingface: narrow(t.name, values, dtype) for t, values in stored_tensors(source)}
     file = tensors.File(weights, SAFETENSORS)
     texts: dict[str, Iterable[memoryview]] = {
         "config.json": _json(config),
@@ -46,16 +45,14 @@ def export_huggingface(source: Source, target: Path, dtype: str, force: bool) ->
     return write_folder(target, texts | {"model.safetensors": file.chunks()})
 
 
-def with_biases(source: Source) -> dict[str, np.ndarray]:
-    """All tensors of a GPT-2, float32; a model without biases gets zeros, which give the same logits."""
+def stored_tensors(source: Source) -> list[tuple[Tensor, np.ndarray]]:
+    """All tensors that a file of the family has, float32, in the order of our buffers.
+
+    One that the model lacks, such as a bias, has its first value: it gives the same logits.
+    """
     weights = dict(source.tensors())
-    return {name: weights.get(name, np.zeros(dims, np.float32)) for name, dims in all_shapes(source.shape).items()}
-
-
-def all_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a GPT-2's tensors, biases included."""
-    matrices, vectors = tensor_shapes(replace(shape, bias=True))
-    return matrices | vectors
+    tensors = [placed.tensor for placed in Layout(family_of(source.shape).files.stored(source.shape)).tensors]
+    return [(t, weights.get(t.name, np.full(t.shape, t.constant, np.float32))) for t in tensors]
 
 
 def _json(record: dict[str, Any]) -> list[memoryview]:

@@ -12,12 +12,12 @@ import numpy as np
 
 from cllm_spheres.checkpoint.store import SaveFailed, Store
 from cllm_spheres.errors import InputError
-from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.exchange.source import Source, open_source
+from cllm_spheres.model.families import family_of
 
 
 def import_model(folder: Path, run: Path) -> Source:
-    """Make the run. InputError where the folder is no GPT-2 of this kind, or the run exists; nothing is left then."""
+    """Make the run. InputError where the folder is no model of ours, or the run exists; nothing is left then."""
     if os.path.lexists(run) and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run} exists already. Give another folder for the run.")
     source = open_source(folder)
@@ -34,9 +34,8 @@ def import_model(folder: Path, run: Path) -> Source:
     made = [parent for parent in (run, *run.parents) if not parent.exists()]  # the deepest first
     try:
         run.mkdir(parents=True, exist_ok=True)
-        Store(run).save(
-            0, weights, moments, state, huggingface_config(source.shape, source.tokenizer.eot), source.tokenizer_json
-        )
+        config = family_of(source.shape).files.config(source.shape, source.tokenizer.eot, 0.0)
+        Store(run).save(0, weights, moments, state, config, source.tokenizer_json)
     except BaseException as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -16,9 +16,9 @@ from cllm_spheres.checkpoint.files import MANIFEST, read_manifest
 from cllm_spheres.checkpoint.saved_model import model_of
 from cllm_spheres.checkpoint.store import Store, Which
 from cllm_spheres.errors import InputError, nearest, shown
-from cllm_spheres.exchange.gpt2 import shape_of_config
 from cllm_spheres.exchange.tokenizer_in import read_tokenizer
 from cllm_spheres.exchange.weights import Weights
+from cllm_spheres.model.families import FAMILIES, tensors_of
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.folder import hash_file, read_regular
 from cllm_spheres.text.tokenizer import Tokenizer, parse_tokenizer
@@ -42,9 +42,9 @@ class Source:
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `shape`, float32, one at a time. InputError where one is not finite or has changed."""
-        rows = {"wte.weight": self.shape.vocab_size, "wpe.weight": self.shape.block_size}
-        for name, tensor in self._read():
-            yield name, tensor[: rows.get(name, len(tensor))]
+        rows = {tensor.name: tensor.shape[0] for tensor in tensors_of(self.shape)}
+        for name, values in self._read():
+            yield name, values[: rows.get(name, len(values))]
 
     def check_finite(self) -> None:
         """InputError where a weight is NaN or infinite. All are read, in about the time that their hash has taken."""
@@ -64,7 +64,7 @@ class Source:
 def open_source(path: Path, which: Which = None) -> Source:
     """The model of a folder, checked. which: of a run, the checkpoint: best if there is one, "last", or a step.
 
-    InputError where it is neither, or not a GPT-2 of this kind, or damaged.
+    InputError where it is neither, or no model of ours, or damaged.
     """
     try:
         if not path.is_dir():
@@ -108,9 +108,9 @@ def _finite(saved: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _of_folder(path: Path) -> Source:
-    shape = shape_of_config(_json(path / CONFIG), str(path / CONFIG))
-    weights = Weights(path)
-    weights.check(shape)
+    shape = _shape_of_config(_json(path / CONFIG), path / CONFIG)
+    weights = Weights(path, shape)
+    weights.check()
     data = read_tokenizer(path).encode()
     tokenizer = parse_tokenizer(data, str(path / TOKENIZER))
     notes: tuple[str, ...] = ()
@@ -130,6 +130,14 @@ def _of_folder(path: Path) -> Source:
         raise InputError(f"Cannot read the weights in {path}: {error.strerror}.") from None
     hashes.append(hashlib.sha256(data).hexdigest())
     return Source(path.resolve(), shape, data, tokenizer, _fingerprint(hashes), notes, None, weights.tensors)
+
+
+def _shape_of_config(config: dict[str, Any], path: Path) -> Shape:
+    for family in FAMILIES.values():
+        if config.get("model_type") == family.files.model_type:
+            return family.files.shape(config, str(path))
+    known = " or ".join(repr(family.files.model_type) for family in FAMILIES.values())
+    raise InputError(f"{path} is of model_type {shown(config.get('model_type'))}: only {known} can be imported.")
 
 
 def _fingerprint(hashes: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""A folder of GPT-2 weights as Hugging Face keeps them -> the tensors of a shape, by our names, checked by name.
+"""A folder of weights as Hugging Face keeps them -> the tensors of a shape, by our names, checked by name.
 
-The weights lie in model.safetensors, or in the files that model.safetensors.index.json names. Names may have the
-prefix `transformer.`; the buffers of older files (attn.bias, a mask) are no weights and are left out.
+The weights lie in model.safetensors, or in the files that model.safetensors.index.json names. Names may lack the
+family's prefix; buffers of older files, such as masks, are no weights and are left out.
 """
 
 from __future__ import annotations
@@ -15,47 +15,51 @@ import numpy as np
 
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.exchange.safetensors_file import FLOATS, Entry, read_header
-from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.families import described, family_of, tensors_of
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.folder import read_regular
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 16 << 20  # a real one has about 100 bytes a tensor
 MOST_NAMES = 5  # in one message
-HEAD = "lm_head.weight"
-_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+HEAD = "lm_head.weight"  # the output matrix, which may be there beside the embedding that it is
 
 
 class Weights:
     """The weights of a folder. `files` are those they lie in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shape: Shape) -> None:
         """Reads the headers. InputError where there are no weights, or a header is damaged."""
-        self.folder = folder
+        self.folder, self.shape = folder, shape
         self.files = _files(folder)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Entry] = {}  # by our names, where these are known
+        files = family_of(shape).files
+        ours = {tensor.huggingface.removeprefix(files.prefix): tensor.name for tensor in tensors_of(shape)}
         for file in self.files:
             for name, entry in read_header(file).items():
-                plain = name.removeprefix("transformer.")
-                if _BUFFER.fullmatch(plain):
+                plain = name.removeprefix(files.prefix)
+                if re.fullmatch(files.buffers, plain):
                     continue
+                plain = ours.get(plain, plain)
                 if plain in self._entries:
                     raise InputError(f"{folder} has two tensors {shown(plain)}, one of them in {file.name}.")
                 self._entries[plain] = entry
 
-    def check(self, shape: Shape) -> None:
+    def check(self) -> None:
         """InputError names tensors that are missing, too many, of another shape, or no floats."""
-        expected = {name: dims for group in tensor_shapes(shape) for name, dims in group.items()}
+        expected = {tensor.name: tensor.shape for tensor in tensors_of(self.shape)}
+        head = described(self.shape).output.weight
         has_head = HEAD in self._entries
         if has_head:
-            expected[HEAD] = expected["wte.weight"]
+            expected[HEAD] = expected[head]
         missing = [name for name in expected if name not in self._entries]
         extra = [name for name in self._entries if name not in expected]
         wrong = []
         if missing:
             wrong.append(f"{len(missing)} of {len(expected)} tensors are missing: {_names(missing)}")
         if extra:
-            wrong.append(f"{len(extra)} are not of a GPT-2 with {shape.layers} layers: {_names(extra)}")
+            kind = f"a {family_of(self.shape).title} with {self.shape.layers} layers"
+            wrong.append(f"{len(extra)} are not of {kind}: {_names(extra)}")
         for name, dims in expected.items():
             entry = self._entries.get(name)
             if entry is not None and entry.shape != dims:
@@ -67,9 +71,9 @@ class Weights:
             raise InputError(
                 f"The weights in {self.folder} are not those of its config.json: {'; '.join(wrong[:MOST_NAMES])}{rest}."
             )
-        if has_head and not np.array_equal(self._entries[HEAD].read(), self._entries["wte.weight"].read()):
+        if has_head and not np.array_equal(self._entries[HEAD].read(), self._entries[head].read()):
             raise InputError(
-                f"{HEAD} in {self.folder} is not wte.weight: the output matrix has weights of its own, and here both"
+                f"{HEAD} in {self.folder} is not {head}: the output matrix has weights of its own, and here both"
                 " are one. Such a model cannot be imported."
             )
 

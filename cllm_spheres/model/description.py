@@ -6,9 +6,12 @@ training needs and the calls of kernels follow from the steps (program.py); noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cllm_spheres.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,20 @@ class Tensor:
     constant: float = 0.0  # and the mean of it
     transposed: bool = False  # a matrix that stands as [out, in], such as an embedding that is the head's too
     looked_up: bool = False  # rows of it are read; it enters no product
+
+
+@dataclass(frozen=True)
+class Files:
+    """What other tools' files say of a family besides its tensors."""
+
+    model_type: str  # in config.json of Hugging Face's transformers
+    prefix: str  # of the names of tensors there, which some files leave out
+    buffers: str  # a pattern: names without the prefix of what older files hold and is no weight
+    config: Callable[[Shape, int, float], dict[str, Any]]  # shape, end-of-text token, dropout -> config.json
+    shape: Callable[[dict[str, Any], str], Shape]  # config.json, its path -> the shape; InputError
+    stored: Callable[[Shape], Shape]  # a shape -> that of the model in a file, which may have more tensors
+    architecture: str  # in GGUF files of llama.cpp
+    gguf_keys: Callable[[Shape], dict[str, int | float]]  # without the architecture before them
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,16 @@ class Description:
 
     steps: list[Step] = field(default_factory=list)
     _block: int | None = None
+
+    @property
+    def embedding(self) -> Embed:
+        """The step by which tokens enter."""
+        return next(step for step in self.steps if isinstance(step, Embed))
+
+    @property
+    def output(self) -> Head:
+        """The step that gives logits."""
+        return next(step for step in self.steps if isinstance(step, Head))
 
     @contextmanager
     def block(self, number: int) -> Iterator[str]:

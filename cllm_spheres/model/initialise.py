@@ -1,13 +1,10 @@
-"""(seed, block) -> the first weights of a block: GPT-2's initialisation, as a pure function of where a weight is.
+"""(seed, block) -> the first weights of a block, as a pure function of where a weight is.
 And token embeddings from the lattice of crystal/lattice.py, which take the place of the random ones.
 
-Matrices: normal with standard deviation 0.02, the projections into the residual 0.02 / sqrt(2 layers); gains 1,
-biases and padding 0. Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019).
+The standard deviation and the mean of each tensor are those that its family gives (families/); padding is 0.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numba import types
@@ -17,31 +14,28 @@ from cllm_spheres.crystal.lattice import features
 from cllm_spheres.crystal.random import PURPOSE_WEIGHTS, key_of, normal
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers
 from cllm_spheres.kernels.sizes import BLOCK
+from cllm_spheres.model.families import described, tensors_of
 from cllm_spheres.model.layout import Layout
-
-STANDARD_DEVIATION = 0.02
+from cllm_spheres.model.shape import Shape
 
 
 def initial_tables(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """For each tensor (start, end) int64 [n, 2], and (standard deviation, constant) float64 [n, 2]."""
-    places, values = [], []
-    residual = STANDARD_DEVIATION / math.sqrt(2 * layout.shape.layers)
-    for tensor in layout.tensors:
-        places.append((tensor.offset, tensor.offset + tensor.size))
-        deviation = residual if tensor.name.endswith("c_proj.weight") else STANDARD_DEVIATION
-        is_gain = tensor.name.endswith("weight") and len(tensor.shape) == 1
-        values.append((deviation if len(tensor.shape) == 2 else 0.0, 1.0 if is_gain else 0.0))
+    places = [(placed.offset, placed.offset + placed.size) for placed in layout.tensors]
+    values = [(placed.tensor.deviation, placed.tensor.constant) for placed in layout.tensors]
     return np.array(places, np.int64), np.array(values, np.float64)
 
 
-def lattice_embedding(order_R: np.ndarray, layout: Layout) -> np.ndarray:
-    """float32 [V, C]: each token's lattice features, of the standard deviation that the others have.
+def lattice_embedding(order_R: np.ndarray, shape: Shape) -> tuple[str, np.ndarray]:
+    """The name of the token embedding, and float32 [V, C]: each token's lattice features.
 
-    order_R: the token ids by falling frequency.
+    They have the standard deviation that random ones would have. order_R: the token ids by falling frequency.
     """
-    embedding_VC = np.empty((layout.shape.vocab_size, layout.shape.width), np.float32)
-    embedding_VC[order_R] = features(*embedding_VC.shape) * f4(STANDARD_DEVIATION)
-    return embedding_VC
+    name = described(shape).embedding.tokens
+    embedding = next(tensor for tensor in tensors_of(shape) if tensor.name == name)
+    embedding_VC = np.empty(embedding.shape, np.float32)
+    embedding_VC[order_R] = features(*embedding_VC.shape) * f4(embedding.deviation)
+    return name, embedding_VC
 
 
 @entry(types.int64(types.int64, types.int64, types.int64, types.int64, types.int64, types.int64))

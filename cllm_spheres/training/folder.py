@@ -19,6 +19,7 @@ from cllm_spheres.checkpoint import tensors
 from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoint, NoOptimizer, looks_whole
 from cllm_spheres.checkpoint.files import Damaged, parse, read_bytes
 from cllm_spheres.checkpoint.lock import NAME as LOCK
+from cllm_spheres.checkpoint.saved_model import layout_of
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import DATA_KEYS, ORIGIN_KEYS, Config, build, flag, read_toml, to_toml
 from cllm_spheres.errors import InputError, nearest, shown
@@ -318,7 +319,7 @@ def newest_checkpoint(run: Path, config: Config, data: str) -> tuple[Checkpoint 
             raise InputError(f"{store.folder} is empty, though step {shown(saved[-1])} was saved. Begin a new run.")
         return None, []
     checkpoint, refused = store.newest_good()
-    found = checkpoint.state
+    found = checkpoint.state | {"layout": layout_of(checkpoint.state)}
     may_differ = ("steps",) if found.get("steps") == config.steps else ("steps", "warmup")
     for key, value in made_with(config, data).items():
         if key not in may_differ and (key in found or key in ALWAYS_THERE) and found.get(key) != value:

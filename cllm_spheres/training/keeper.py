@@ -17,8 +17,8 @@ from cllm_spheres.checkpoint.fingerprint import differences
 from cllm_spheres.checkpoint.store import SaveFailed, Store
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
-from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.exchange.source import Source
+from cllm_spheres.model.families import family_of
 from cllm_spheres.model.initialise import lattice_embedding
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -111,7 +111,8 @@ class Keeper:
         views = {name: self.layout.views(buffer) for name, buffer in self._copy.items()}
         model = views.pop("params")
         optimizer = {f"{kind}.{name}": view for kind, tensors in views.items() for name, view in tensors.items()}
-        config = huggingface_config(self.layout.shape, self.prepared.eot, self.config.dropout)
+        shape = self.layout.shape
+        config = family_of(shape).files.config(shape, self.prepared.eot, self.config.dropout)
         path = self.store.save(step, model, optimizer, state, config, self._tokenizer)
         if best:
             self.store.mark_best(step)
@@ -142,7 +143,8 @@ class Keeper:
     def begin_on_lattice(self) -> None:
         """The token embeddings from the lattice, after the initialisation."""
         order_R, _ = frequency_order(self.prepared)
-        self.layout.views(self.node_zero.memory.params)["wte.weight"][...] = lattice_embedding(order_R, self.layout)
+        name, embedding_VC = lattice_embedding(order_R, self.layout.shape)
+        self.layout.views(self.node_zero.memory.params)[name][...] = embedding_VC
 
     def restore(self, checkpoint: Checkpoint, exact: bool) -> tuple[Progress, int]:
         """Weights, moments and counters as they were; the padding is zero already. Also the updates applied.

@@ -11,7 +11,7 @@ import numpy as np
 from cllm_spheres_bench.nasty_texts import nasty_texts
 
 from cllm_spheres.checkpoint.store import Store
-from cllm_spheres.exchange.gpt2 import huggingface_config
+from cllm_spheres.model.families import family_of
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer, train_bpe
@@ -48,7 +48,7 @@ def make_run(path: Path, tokenizer: Tokenizer, **options) -> dict[str, np.ndarra
     path.mkdir(parents=True)
     tokenizer.save(path / "tokenizer.json")
     state = {"step": 3, "layout": asdict(shape), "total_tokens": 144}
-    config = huggingface_config(shape, tokenizer.eot)
+    config = family_of(shape).files.config(shape, tokenizer.eot, 0.0)
     Store(path).save(3, model, {"moments": np.zeros(1, np.float32)}, state, config, path / "tokenizer.json")
     return model
 

@@ -12,11 +12,11 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.exchange import gguf_file
 from cllm_spheres.exchange.export import export
 from cllm_spheres.exchange.gguf_vocabulary import vocabulary
 from cllm_spheres.exchange.quantise import quantise
 from cllm_spheres.inference.model import Model, load
+from cllm_spheres.model.families import tensors_of
 from tests.exchange.models import TEXTS, contents, make_run, tokenizers
 
 LIKE_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,11 +123,9 @@ def test_quantised_weights_are_ggmls_blocks_and_give_nearly_the_same_logits(tmp_
     assert reader.get_field("general.quantization_version").contents() == 2
     assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"]
     read = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    ours = {name: read[theirs].reshape(weights[name].shape) for name, theirs in gguf_file._TOP.items()}
-    for name in weights.keys() - ours.keys():
-        theirs = read[gguf_file._layer_name(name)]
-        ours[name] = theirs.T if theirs.ndim == 2 else theirs
     exact = load(run, "last")
+    ours = {t.name: read[t.gguf].T if t.name.startswith("h.") else read[t.gguf] for t in tensors_of(exact.shape)}
+    assert {name: values.shape for name, values in ours.items()} == {n: w.shape for n, w in weights.items()}
     quantised = Model(exact.shape, exact.tokenizer, ours)
     ids = np.arange(exact.shape.block_size) * 17
     logits_TV = quantised.hidden_states(ids)[-1] @ read["output.weight"].T
@@ -137,8 +135,8 @@ def test_quantised_weights_are_ggmls_blocks_and_give_nearly_the_same_logits(tmp_
 
 def test_rows_that_are_no_whole_blocks_are_kept_in_f16_and_told_or_refused(tmp_path):
     for sizes, told in (
-        (dict(width=64, ff_width=40), r"ffn_down of each layer is in f16.*multiple of 32.*has 40"),
-        (dict(width=48, ff_width=64, heads=2), r"Only the ffn_down of each layer is in q8_0.*have 48"),
+        (dict(width=64, ff_width=40), r"^ffn_down is in f16.*multiple of 32.*have 40"),
+        (dict(width=48, ff_width=64, heads=2), r"^token_embd, attn_qkv, attn_output, ffn_up are in f16.*have 48"),
     ):
         run = tmp_path / f"run-{sizes['width']}"
         make_run(run, tokenizers()["byte"], **sizes)
@@ -149,7 +147,8 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_f16_and_told_or_refused(tmp_p
         assert (down, up) == (("F16", "Q8_0") if sizes["width"] == 64 else ("Q8_0", "F16"))
         assert kinds["output.weight"] == up
     make_run(tmp_path / "narrow", tokenizers()["byte"], width=16, ff_width=40)
-    with pytest.raises(InputError, match=r"--dtype q4_0.*multiple of 32.*16 \(the width\) and 40.*Take f16"):
+    said = r"--dtype q4_0.*multiple of 32.*16 \(token_embd, attn_qkv.*\) and 40 \(ffn_down\)\. Take f16"
+    with pytest.raises(InputError, match=said):
         export(tmp_path / "narrow", "gguf", tmp_path / "y.gguf", dtype="q4_0")
     with pytest.raises(InputError, match=r"'q4_0' with --to hf: known: bf16, f16, f32$"):
         export(tmp_path / "narrow", "hf", tmp_path / "y", dtype="q4_0")

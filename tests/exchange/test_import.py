@@ -136,7 +136,9 @@ def pickled(folder):
 
 WTE = "transformer.wte.weight"
 BROKEN = {
-    "another kind": (config(model_type="llama"), ["config.json", "'llama'", "gpt2"]),
+    "another kind": (config(model_type="llama"), ["config.json", "'llama'", "only 'gpt2'"]),
+    "no kind": (config(model_type=None), ["model_type None"]),
+    "a kind that is no word": (config(model_type=["gpt2"]), ["model_type ['gpt2']"]),
     "another gelu": (config(activation_function="gelu"), ["activation_function", "'gelu'", "gelu_new"]),
     "no config": (remove("config.json"), ["neither a run", "no config.json"]),
     "config no JSON": (write("config.json", "{"), ["config.json is no JSON"]),

@@ -24,8 +24,8 @@ from cllm_spheres.checkpoint.checkpoint import FILES
 from cllm_spheres.checkpoint.files import seal
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import SpheresError
-from cllm_spheres.exchange.gpt2 import huggingface_config
 from cllm_spheres.inference import model as inference
+from cllm_spheres.model.families import family_of
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.training import session
 from cllm_spheres.training.folder import made_with
@@ -59,7 +59,8 @@ MODEL = dict(layers=1, heads=2, width=8, ff_width=16, block_size=4, batch_size=2
 def make_run(path: Path, data: Path) -> Path:
     """A run on prepared data with checkpoints of the steps 1 and 2 and a few records, made without a training."""
     plan = session.new_run(data, MODEL | dict(steps=4), run=path, file=None)
-    layout, rng = Layout(shape_of(plan.config)), np.random.default_rng(1)
+    shape, rng = shape_of(plan.config), np.random.default_rng(1)
+    layout, config = Layout(shape), family_of(shape).files.config(shape, plan.prepared.eot, 0.0)
     params_P = rng.standard_normal(layout.size).astype(np.float32) * 0.1
     model = layout.views(params_P)
     moments = {f"{kind}.{name}": view for kind in ("moments", "squares") for name, view in model.items()}
@@ -70,14 +71,7 @@ def make_run(path: Path, data: Path) -> Path:
             fingerprint={"numpy": np.__version__},
         )  # fmt: skip
         store = Store(path)
-        store.save(
-            step,
-            model,
-            moments,
-            state,
-            huggingface_config(shape_of(plan.config), plan.prepared.eot),
-            data / "tokenizer.json",
-        )
+        store.save(step, model, moments, state, config, data / "tokenizer.json")
         store.mark_best(step)
     record = dict(step=1, loss=3.0, lr=1e-3, grad_norm=1.0, clipped_norm=1.0, tokens=8, total_tokens=8, time=1.0e9,
                   seconds=0.1, tokens_per_s=80.0, compute_s=0.1, waiting_s=0.0, gather_s=0.0, update_s=0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.model.layout import tensor_shapes
+from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from tests import naive
 from tests.check import assert_gradient
@@ -13,8 +13,7 @@ from tests.check import assert_gradient
 
 def model(rng, bias):
     shape = Shape(vocab_size=11, block_size=7, layers=2, heads=3, width=12, ff_width=20, bias=bias)
-    matrices, vectors = tensor_shapes(shape)
-    parameters = {name: 0.5 * rng.standard_normal(dims) for name, dims in (matrices | vectors).items()}
+    parameters = {tensor.name: 0.5 * rng.standard_normal(tensor.shape) for tensor in Layout(shape).tensors}
     inputs, targets = rng.integers(0, 11, (2, 3, 5))
     return shape, parameters, inputs, targets
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from cllm_spheres.model.geometry import FIELDS, geometry, sequences_at_a_time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_spheres.kernels.sizes import ALIGN, BLOCK, attention_floats, product_floats
-from cllm_spheres.model.initialise import initial_tables, initialise_block
+from cllm_spheres.crystal.lattice import features
+from cllm_spheres.kernels.sizes import ALIGN, BLOCK
+from cllm_spheres.model.initialise import initial_tables, initialise_block, lattice_embedding
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 
@@ -49,36 +50,6 @@ def test_parameters_are_as_many_as_gpt2_has(shape):
     assert any(tensor.name.endswith(".bias") for tensor in layout.tensors) == shape.bias
 
 
-@given(shapes, st.integers(1, 200), st.booleans())
-def test_the_parts_of_the_workspace_do_not_overlap(shape, largest_shard, backward):
-    card = geometry(Layout(shape), largest_shard=largest_shard, backward=backward)
-    values = dict(zip(FIELDS, card.array.tolist(), strict=False))
-    n = values["sequences"] * shape.block_size
-    assert values["sequences"] == min(largest_shard, sequences_at_a_time(shape.block_size, shape.width)) >= 1
-    c, f = shape.width, shape.ff_width
-    in_a_layer = dict(
-        x=n * c, ln1=n * c, qkv=3 * n * c, lse=n * shape.heads, att=n * c, mid=n * c, ln2=n * c, up=n * f, act=n * f,
-        stats=4 * n,
-    )  # fmt: skip
-    shared = dict(
-        x_last=n * c, lnf=n * c, lnf_stats=2 * n, logits=values["head_rows"] * shape.vocab_size,
-        scratch=attention_floats(shape.block_size),
-        products=product_floats(max(n, c, f, shape.vocab_size)),
-    )  # fmt: skip
-    gradients = dict(dx=n * c, dt=n * c, datt=n * c, dqkv=3 * n * c, dact=n * f) if backward else {}
-    layers_end = shape.layers * values["layer_floats"] if backward else values["x_last"]
-    assert values["layer_floats"] > 0 if backward else values["layer_floats"] == 0
-    for sizes, begin, end in (
-        (in_a_layer, 0, values["layer_floats"] or layers_end),
-        (shared | gradients, layers_end, values["arena_floats"]),
-    ):
-        for name, size in sorted(sizes.items(), key=lambda item: values[item[0]]):
-            assert begin <= values[name] and values[name] % ALIGN == 0, name
-            begin = values[name] + size
-        assert begin <= end
-    assert values["arena_floats"] == card.arena_floats
-
-
 SHAPE = Shape(vocab_size=700, block_size=40, layers=3, heads=3, width=48, ff_width=100)
 
 
@@ -113,6 +84,30 @@ def test_the_first_weights_are_a_function_of_seed_and_place():
     assert one.tobytes() == same.tobytes() != other.tobytes()
     layers = [Layout(SHAPE).views(one)[f"h.{layer}.mlp.c_fc.weight"] for layer in range(3)]
     assert (layers[0] != layers[1]).any() and (layers[1] != layers[2]).any()
+
+
+def test_the_lattice_gives_the_token_embedding_the_deviation_of_random_ones():
+    order_R = np.random.default_rng(1).permutation(SHAPE.vocab_size)
+    name, embedding_VC = lattice_embedding(order_R, SHAPE)
+    expected = features(SHAPE.vocab_size, SHAPE.width) * np.float32(0.02)
+    assert name == "wte.weight" and embedding_VC.dtype == np.float32
+    assert (embedding_VC[order_R] == expected).all()
+
+
+@given(shapes, st.data())
+def test_frozen_tensors_lie_in_a_buffer_of_their_own(shape, data):
+    names = [tensor.name for tensor in Layout(shape).tensors]
+    frozen = data.draw(st.frozensets(st.sampled_from(names)))
+    layout = Layout(shape, frozen)
+    assert {tensor.name for tensor in layout.frozen_tensors} == frozen
+    assert {tensor.name for tensor in layout.tensors} == set(names) - frozen
+    assert layout.num_parameters == Layout(shape).num_parameters
+    for places, size in ((layout.tensors, layout.size), (layout.frozen_tensors, layout.frozen_size)):
+        ends = sorted((tensor.offset, tensor.offset + tensor.size) for tensor in places)
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(ends))
+        assert not ends or ends[-1][1] <= size
+    with pytest.raises(ValueError, match=r"no tensors \['h.x'\] to freeze"):
+        Layout(shape, frozen | {"h.x"})
 
 
 def test_padding_is_zero_and_stays_zero_through_a_gradient(whole):

@@ -1,4 +1,4 @@
-"""The families of models: each a module with `tensors`, `describe` and `check`, and all that is known of it.
+"""The families of models: each a module with `tensors`, `describe` and `check`, and one of its files elsewhere.
 
 docs/models.md tells how to add one.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cllm_spheres.model.description import Description, Tensor
-from cllm_spheres.model.families import gpt2
+from cllm_spheres.model.description import Description, Files, Tensor
+from cllm_spheres.model.families import gpt2, gpt2_files
 from cllm_spheres.model.shape import Shape
 
 
@@ -17,13 +17,15 @@ from cllm_spheres.model.shape import Shape
 class Family:
     """A kind of model. tensors: in the order of our files; check: ValueError where sizes do not fit each other."""
 
-    name: str
+    name: str  # in our files
+    title: str  # in sentences
     tensors: Callable[[Shape], list[Tensor]]
     describe: Callable[[Shape, Description], None]
     check: Callable[[Shape], None]
+    files: Files
 
 
-FAMILIES = {"gpt2": Family("gpt2", gpt2.tensors, gpt2.describe, gpt2.check)}
+FAMILIES = {"gpt2": Family("gpt2", "GPT-2", gpt2.tensors, gpt2.describe, gpt2.check, gpt2_files.FILES)}
 
 
 def family_of(shape: Shape) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cllm_spheres.errors import InputError
-from cllm_spheres.exchange.gpt2 import huggingface_config, shape_of_config
+from cllm_spheres.model.families.gpt2_files import huggingface_config, shape_of_config
 from cllm_spheres.model.shape import Shape
 
 SHAPE = Shape(vocab_size=300, block_size=16, layers=2, heads=4, width=32, ff_width=100)
@@ -28,7 +28,7 @@ def test_the_feed_forward_width_is_four_widths_unless_given(inner):
 
 
 REFUSED = {
-    "model_type": ["llama", None, 5], "activation_function": ["gelu", "relu", ["gelu_new"]],
+    "activation_function": ["gelu", "relu", ["gelu_new"]],
     "layer_norm_epsilon": [1e-6, "1e-5"], "scale_attn_weights": [False, 1],
     "scale_attn_by_inverse_layer_idx": [True, 0], "add_cross_attention": [True], "tie_word_embeddings": [False],
     "vocab_size": [0, -1, 2**40, 1.5, "300", True], "n_positions": [0, 2**30], "n_layer": [0, 10**9], "n_head": [0, 3],

@@ -1,11 +1,13 @@
-"""A model's shape <-> config.json as Hugging Face describes a GPT-2."""
+"""GPT-2 in the files of other tools: its shape <-> config.json of Hugging Face's transformers, keys of GGUF."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cllm_spheres.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from cllm_spheres.errors import InputError, shown
+from cllm_spheres.model.description import Files
 from cllm_spheres.model.shape import Shape
 
 EPSILON = 1e-5  # of the layer norms, as our kernels have it
@@ -41,9 +43,7 @@ def huggingface_config(shape: Shape, eot: int, dropout: float = 0.0) -> dict[str
 
 
 def shape_of_config(config: dict[str, Any], where: str) -> Shape:
-    """The shape that a config.json describes. InputError names what is no GPT-2, or not one of this kind."""
-    if config.get("model_type") != "gpt2":
-        raise InputError(f"{where} is of model_type {shown(config.get('model_type'))}: only 'gpt2' can be imported.")
+    """The shape that a config.json describes. InputError names what is not computed here."""
     for key, (default, known) in _ARITHMETIC.items():
         value = config.get(key, default)
         if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
@@ -66,3 +66,24 @@ def _size(value: object, key: str, most: int, where: str) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise InputError(f"{where} has {key} {shown(value)}: it must be a whole number from 1 to {most:,}.")
     return value
+
+
+def gguf_keys(shape: Shape) -> dict[str, int | float]:
+    """What a GGUF file says of the shape."""
+    return {
+        "context_length": shape.block_size, "embedding_length": shape.width, "block_count": shape.layers,
+        "feed_forward_length": shape.ff_width, "attention.head_count": shape.heads,
+        "attention.layer_norm_epsilon": EPSILON,
+    }  # fmt: skip
+
+
+FILES = Files(
+    model_type="gpt2",
+    prefix="transformer.",
+    buffers=r"h\.\d+\.attn\.(bias|masked_bias)",  # masks
+    config=huggingface_config,
+    shape=shape_of_config,
+    stored=lambda shape: replace(shape, bias=True),
+    architecture="gpt2",
+    gguf_keys=gguf_keys,
+)
