@@ -29,7 +29,7 @@ PANELS = {
         "on_nonfinite",
     ),
     "Evaluation and checkpoints": ("eval_every", "eval_tokens", "save_every", "keep", "stop_at", "early_stop"),
-    "Exactness and speed": ("spheres", "seed", "dtype", "exact", "profile"),
+    "Exactness and speed": ("spheres", "seed", "dtype", "recompute", "exact", "profile"),
     "Loss": ("loss", "alpha", "neighbours", "neighbour_temperature", "gcd_weight", "ulam_weight"),
     "Faults on purpose": ("fault",),
 }  # fmt: skip

@@ -128,6 +128,12 @@ class Config(BaseModel):
         description="Arithmetic of the matrix products: fp32; bf16, bfloat16 with float32 sums and weights; or auto, "
         "the fastest here: bf16 where the CPU has it (AMX or AVX512-BF16) and else fp32.",
     )
+    recompute: Literal["auto", "none", "cheap", "block"] = Field(
+        "auto",
+        description="What is computed again in the backward pass instead of being kept: none; cheap, norms and "
+        "activations; block, all but what enters a block of layers; auto, as little as memory allows. It changes no "
+        "bits, only memory and speed.",
+    )
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of the weights, of the order of the data and of dropout.")
 
     eval_every: int | None = Field(

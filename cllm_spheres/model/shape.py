@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,5 @@ class Shape:
     ff_width: int
     bias: bool = True
     family: str = "gpt2"
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"bias": True, "family": "gpt2"}

@@ -36,7 +36,7 @@ CONFIG_TOML, METRICS = "config.toml", "metrics.jsonl"
 # Of a configuration all that does not shape the weights; the shape of the model is compared whole.
 FREE = (
     "preset", "workers", "steps", "epochs", "stop_at", "early_stop", "eval_every", "eval_tokens", "save_every", "keep",
-    "tokenizer", *(field.name for field in fields(Shape)),
+    "tokenizer", "recompute", *(field.name for field in fields(Shape)),
 )  # fmt: skip
 ALWAYS_THERE = ("layout", "seed", "spheres", "batch_size")  # also in the checkpoints of older versions
 LOCK_BYTES = 20  # a process number and a newline: a larger file of this name is somebody else's
@@ -47,7 +47,7 @@ DECIDED = (
     "vocab_size", "steps", "spheres", "batch_size", "seed", "workers", "ff_width", "warmup", "min_lr", "eval_every",
     "eval_tokens", "save_every",
 )  # fmt: skip
-MAY_CHANGE = ("workers", "steps", "stop_at", "early_stop")  # on a resume, without changing what the run is
+MAY_CHANGE = ("workers", "steps", "stop_at", "early_stop", "recompute")  # on a resume, without changing what the run is
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,10 @@ def newest_checkpoint(run: Path, config: Config, data: str) -> tuple[Checkpoint 
     found = checkpoint.state | {"layout": layout_of(checkpoint.state)}
     may_differ = ("steps",) if found.get("steps") == config.steps else ("steps", "warmup")
     for key, value in made_with(config, data).items():
-        if key not in may_differ and (key in found or key in ALWAYS_THERE) and found.get(key) != value:
+        there = found.get(key)
+        if key == "layout" and isinstance(there, dict):
+            there = Shape.DEFAULTS | there  # of before a field was there
+        if key not in may_differ and (key in found or key in ALWAYS_THERE) and there != value:
             raise InputError(
                 f"{run / 'config.toml'} says {key} {value}, but {checkpoint.path} was made with"
                 f" {shown(found.get(key))}. Set it back, or begin a new run."

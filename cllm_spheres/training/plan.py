@@ -6,12 +6,14 @@ What contradicts itself is refused here, and what this machine cannot run in sta
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from cllm_spheres.config import MAX_SPHERES, MAX_STEPS, Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.machine import available_memory, check_platform, usable_cores
 from cllm_spheres.model import dtypes
+from cllm_spheres.model.program import RECOMPUTE
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
@@ -156,6 +158,14 @@ def make_job(config: Config, prepared: Prepared) -> Job:
         alpha=config.alpha or 0.0, neighbours=(config.neighbours or 0) if config.alpha else 0,
         cores=place(config.workers, read_cores(cores)),
     )  # fmt: skip
+
+
+def fit(job: Job, recompute: str) -> Job:
+    """The job with what it is to compute again: as asked, or with "auto" as little as the memory there is allows."""
+    modes = RECOMPUTE if recompute == "auto" else (recompute,)
+    jobs = [replace(job, recompute=mode) for mode in modes]
+    available = available_memory()
+    return next((one for one in jobs if memory_bytes(one) <= available), jobs[-1])
 
 
 def memory_bytes(job: Job) -> int:

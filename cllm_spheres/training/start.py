@@ -17,7 +17,7 @@ from cllm_spheres.machine import allowed_cores, available_memory, cpu_quota, usa
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import Regions
 from cllm_spheres.text.prepared import Prepared
-from cllm_spheres.training.plan import check_memory, make_job, memory_bytes
+from cllm_spheres.training.plan import check_memory, fit, make_job, memory_bytes
 from cllm_spheres.units import size
 
 # Open files, counted in /proc/PID/fd. Node Zero: 16, one a worker, one for each core
@@ -31,7 +31,7 @@ SMALL_FILES_BYTES = 100_000  # of a checkpoint besides tensors and tokenizer, at
 
 def check_start(config: Config, prepared: Prepared, run: Path, *, resume: bool = False) -> tuple[str, ...]:
     """Sentences on what will be slow or scarce; InputError with the numbers where the run cannot work here."""
-    job = make_job(config, prepared)
+    job = fit(make_job(config, prepared), config.recompute)
     check_memory(job, resume=resume)
     check_files(job)
     check_tasks(job)

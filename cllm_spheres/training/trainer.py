@@ -32,7 +32,7 @@ from cllm_spheres.training.folder import CONFIG_TOML, change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
 from cllm_spheres.training.nonfinite import explain_evaluation, explain_nonfinite, way_out
-from cllm_spheres.training.plan import make_job
+from cllm_spheres.training.plan import fit, make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Launcher, Wishes
@@ -44,6 +44,13 @@ STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before 
 UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
 TELLS_EVERY_S = 1.0  # how far the work before the first step is
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
+
+# What is said of a run that keeps less than it could.
+AGAIN = {
+    "none": "",
+    "cheap": ", norms and activations computed again to save memory",
+    "block": ", every block of layers computed again to save memory",
+}
 
 
 class Trainer:
@@ -62,7 +69,7 @@ class Trainer:
         assert config.eval_tokens is not None
         self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.save_every
         self.last = min(self.steps, stop_at or self.steps)
-        job = make_job(config, prepared)
+        job = fit(make_job(config, prepared), config.recompute)
         self.layout = job.layout
         self.progress = Progress()
         self.windows = Windows(prepared, config.block_size, config.eval_tokens)
@@ -216,7 +223,7 @@ class Trainer:
             f" {job.shape.block_size} tokens; {self.layout.num_parameters:,} parameters, vocabulary"
             f" {job.shape.vocab_size:,}; {len(self.prepared.train):,} tokens of text, {len(self.prepared.val):,} more"
             f" ({percent(self.prepared.val_share)} of all) for validation;"
-            f" {dtypes.describe(self.config.dtype)}; {self.steps:,} steps into {self.run}"
+            f" {dtypes.describe(self.config.dtype)}{AGAIN[job.recompute]}; {self.steps:,} steps into {self.run}"
         )
 
     def _estimate(self) -> None:

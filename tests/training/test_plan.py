@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cllm_spheres.config import MAX_TOML_BYTES, PRESETS, Config, merge, read_toml, to_toml
 from cllm_spheres.errors import InputError
+from cllm_spheres.model.program import RECOMPUTE
 from cllm_spheres.spheres.placement import Core
 from cllm_spheres.text.prepared import Prepared
 from cllm_spheres.training import plan
@@ -111,6 +113,18 @@ def test_too_little_memory_says_what_is_needed_what_is_there_and_what_would_fit(
     assert resolve(memory=2 * 10**9, **options | {"spheres": fitting}).spheres == fitting
     with pytest.raises(InputError):
         resolve(memory=2 * 10**9, **options | {"spheres": fitting + 1})
+
+
+def test_auto_computes_again_what_memory_asks_for(corpus, resolve, monkeypatch):
+    job = plan.make_job(resolve(preset="medium"), Prepared.open(corpus))
+    needed = {mode: plan.memory_bytes(replace(job, recompute=mode)) for mode in RECOMPUTE}
+    assert needed["none"] > needed["cheap"] > needed["block"]
+    for mode, memory in needed.items():
+        monkeypatch.setattr(plan, "available_memory", lambda memory=memory: memory)
+        assert plan.fit(job, "auto").recompute == mode
+        assert plan.fit(job, "cheap").recompute == "cheap"
+    monkeypatch.setattr(plan, "available_memory", lambda: 1)
+    assert plan.fit(job, "auto").recompute == "block"
 
 
 def test_where_no_number_of_spheres_fits_a_smaller_model_is_advised(resolve):
