@@ -67,7 +67,7 @@ class Plan:
     @property
     def changes(self) -> dict[str, Any]:
         """What a resume may have changed of config.toml."""
-        return {key: getattr(self.config, key) for key in ("workers", "steps", "warmup", "early_stop")}
+        return {key: getattr(self.config, key) for key in ("workers", "steps", "warmup", "early_stop", "recompute")}
 
 
 def new_names(preset: str | None) -> Iterator[Path]:
@@ -249,7 +249,7 @@ def plan_resume(
         )
     elif stop_at is not None and stop_at <= reached:
         finished = f"{run} has reached step {reached}, and --stop-at is {stop_at}."
-    update = {key: value for key, value in (("workers", workers), ("steps", steps)) if value is not None}
+    update = {key: given[key] for key in ("workers", "steps", "recompute") if given.get(key) is not None}
     update["early_stop"] = early_stop
     if config.warmup is not None and config.warmup >= horizon:
         update["warmup"] = horizon // 10
