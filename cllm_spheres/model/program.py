@@ -24,6 +24,7 @@ from cllm_spheres.model import record as R
 from cllm_spheres.model.description import Head, Linear, Norm, Step, Stream
 from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.packed import Packing
 from cllm_spheres.model.plan import lifetimes, place
 
 RECOMPUTE = ("none", "cheap", "block")
@@ -108,6 +109,7 @@ class Builder:
 
     def __init__(self, rules: ModuleType, layout: Layout, sequences: int, dropout: float, recompute: str) -> None:
         self.rules, self.layout, self.shape = rules, layout, layout.shape
+        self.packing: Packing = rules.packing(layout)
         self.sequences, self.rate, self.recompute = sequences, round(dropout * 2**32), recompute
         self.padded_length = -(-self.shape.block_size // rules.PADDING) * rules.PADDING
         self.rows = sequences * self.padded_length
@@ -154,6 +156,10 @@ class Builder:
             if name in places:
                 return Operand(register=register, offset=4 * places[name].offset)
         return NOTHING
+
+    def packed(self, name: str, form: int) -> Operand:
+        """A matrix, trained or frozen, in one of the forms in which the dtype packs it."""
+        return Operand(register=R.PACKED, offset=self.packing.places[name][form])
 
     def segment(self, name: str) -> Operand:
         """Where the gradient of a parameter goes; NOTHING where it is not trained."""

@@ -79,6 +79,12 @@ def size(r, i):
 
 
 @kernel
+def padded_length(g):
+    """Rows of each sequence: its tokens, and what pads them."""
+    return g[ROWS] // g[SEQUENCES]
+
+
+@kernel
 def is_first(r, i):
     """Whether this record is the first to write operand i."""
     return (r[FIRST] >> i) & 1 != 0

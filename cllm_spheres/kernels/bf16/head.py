@@ -181,7 +181,8 @@ def head_loss_backward(
     x, x_pairs, width, wte_flipped, wte_pairs, vocabulary, n, targets, soft, stats, scratch, kept, form, turned, dx,
     dwte, accumulate, scale,
 ):  # fmt: skip
-    """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32.
+    """As head_loss; also dx = scale * dloss/dx (overwrites) and dwte (+)= (`accumulate` 0 overwrites), float32; 0 where
+    one is not wanted.
 
     x_pairs: pairs form of x; wte_pairs: pairs form of wte. soft: a card of soft_targets.py, or 0. stats: 5 n + 2
     float32, of which the last two become a float64: what soft targets add to the loss, and to what is differentiated.
@@ -205,9 +206,11 @@ def head_loss_backward(
             if kept == 0:
                 _logits(x, row, inner, wte_flipped, first, count, logits, stride)
             _gradient(soft, logits, stride, row, targets_N, first, count, vocabulary, stats_3N, scale, form, columns)
-        product(n, width, columns, form, columns // 32 * TILE, wte_pairs + first // 32 * TILE, strip, dx, width,
-                first > 0, scratch)  # fmt: skip
-        columns_of(form, turned, n, columns)
-        product(count, width, n, turned, n // 32 * TILE, x_pairs, n // 32 * TILE, dwte + 4 * first * width, width,
-                accumulate != 0, scratch)  # fmt: skip
+        if dx != 0:
+            product(n, width, columns, form, columns // 32 * TILE, wte_pairs + first // 32 * TILE, strip, dx, width,
+                    first > 0, scratch)  # fmt: skip
+        if dwte != 0:
+            columns_of(form, turned, n, columns)
+            product(count, width, n, turned, n // 32 * TILE, x_pairs, n // 32 * TILE, dwte + 4 * first * width, width,
+                    accumulate != 0, scratch)  # fmt: skip
     return loss

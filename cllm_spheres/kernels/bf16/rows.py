@@ -61,6 +61,14 @@ def gelu_tiles(b, source, step, before, after):
         store_line(b, [gelu_lanes(y) for y in x], after, _line(b, loop))
 
 
+@vectorised(_i8, _i8)
+def gelu_tile(b, before, after):
+    """after = GELU of before, both tiles."""
+    with _lines(b) as loop:
+        x = load_line(b, before, _line(b, loop))
+        store_line(b, [gelu_lanes(y) for y in x], after, _line(b, loop))
+
+
 @vectorised(_i8, _i8, _i8, _i8, _i8)
 def gelu_backward_tile(b, source, step, before, tile, sums):
     """tile = the rows * gelu'(before); what is written is added to 32 float32 at `sums`."""

@@ -177,6 +177,12 @@ def padded(n):
 
 
 @kernel
+def padded_groups(size, group):
+    """A size that comes in groups, each padded to a multiple of 32."""
+    return size // group * padded(group)
+
+
+@kernel
 def line_of(form, row, columns):
     """Address of a row's first line in rows; the next 32 channels follow at + TILE. columns: padded."""
     return form + (row // 16) * (columns // 32) * TILE + (row % 16) * LINE

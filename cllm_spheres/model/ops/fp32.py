@@ -6,70 +6,21 @@ says which (model/record.py).
 
 from __future__ import annotations
 
-from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import add_rows, copy_floats, doubles, f4, floats, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward as backward_of_attention
 from cllm_spheres.kernels.attention import attention_forward as forward_of_attention
 from cllm_spheres.kernels.cross_entropy import head_loss as loss_of_head
 from cllm_spheres.kernels.cross_entropy import head_loss_backward
-from cllm_spheres.kernels.dropout import dropout_sequences
-from cllm_spheres.kernels.embedding import embedding_backward, embedding_forward
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
-from cllm_spheres.kernels.layernorm import layernorm_backward, layernorm_forward
+from cllm_spheres.kernels.layernorm import layernorm_forward
 from cllm_spheres.kernels.products import gemm
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import record as R
-from cllm_spheres.model.record import accumulates, is_first, keep_scale, number, op, opened, operand, site_key, size
-
-
-@kernel
-def _vector(address, n):
-    """float32[n], or of length 0 where there is none."""
-    return floats(address, n if address != 0 else 0)
-
-
-@kernel
-def _rows(address, rows, columns):
-    """float32[rows, columns], or no rows where there is none."""
-    return matrix(address, rows if address != 0 else 0, columns)
-
-
-@kernel
-def _drop(r, g, which, x_NC):
-    """Dropout in place; `which`: the size that is the site."""
-    dropout_sequences(
-        x_NC, g[R.LENGTH], site_key(g, size(r, which)), g[R.FIRST_SEQUENCE], g[R.THRESHOLD], keep_scale(g)
-    )
-
-
-@op
-def embed_forward(record, registers):
-    """tokens [V, C], positions [T, C] -> out [N, C]. Sizes: C, V, T, site."""
-    r, g = opened(record, registers)
-    n, c = g[R.ROWS], size(r, 0)
-    out = matrix(operand(r, g, 2), n, c)
-    embedding_forward(
-        tokens(g[R.INPUTS], n), matrix(operand(r, g, 0), size(r, 1), c), matrix(operand(r, g, 1), size(r, 2), c),
-        g[R.LENGTH], out,
-    )  # fmt: skip
-    if g[R.THRESHOLD] != 0:
-        _drop(r, g, 3, out)
-    return 0
-
-
-@op
-def embed_backward(record, registers):
-    """gradient [N, C] -> (dtokens [V, C]), (dpositions [T, C]), both added to. Sizes: C, V, T, site."""
-    r, g = opened(record, registers)
-    n, c = g[R.ROWS], size(r, 0)
-    dout = matrix(operand(r, g, 0), n, c)
-    if g[R.THRESHOLD] != 0:
-        _drop(r, g, 3, dout)
-    embedding_backward(
-        dout, tokens(g[R.INPUTS], n), g[R.LENGTH], _rows(operand(r, g, 1), size(r, 1), c),
-        _rows(operand(r, g, 2), size(r, 2), c), accumulates(r, g, 1), accumulates(r, g, 2),
-    )  # fmt: skip
-    return 0
+from cllm_spheres.model.ops.common import drop, vector
+from cllm_spheres.model.ops.common import embed_backward as embed_backward
+from cllm_spheres.model.ops.common import embed_forward as embed_forward
+from cllm_spheres.model.ops.common import norm_backward as norm_backward
+from cllm_spheres.model.record import accumulates, keep_scale, number, op, opened, operand, site_key, size
 
 
 @op
@@ -78,24 +29,8 @@ def norm_forward(record, registers):
     r, g = opened(record, registers)
     n, c = g[R.ROWS], size(r, 0)
     layernorm_forward(
-        matrix(operand(r, g, 0), n, c), floats(operand(r, g, 1), c), _vector(operand(r, g, 2), c),
+        matrix(operand(r, g, 0), n, c), floats(operand(r, g, 1), c), vector(operand(r, g, 2), c),
         matrix(operand(r, g, 3), n, c), floats(operand(r, g, 4), n), floats(operand(r, g, 5), n),
-    )  # fmt: skip
-    return 0
-
-
-@op
-def norm_backward(record, registers):
-    """dout, x, gain, mean, rstd -> (dx), added to; (dgain), (dbias), (scratch for dx or dgain not wanted). Sizes: C."""
-    r, g = opened(record, registers)
-    n, c = g[R.ROWS], size(r, 0)
-    dx = matrix(operand(r, g, 5), n, c)
-    if is_first(r, 5):
-        dx[:] = f4(0)
-    layernorm_backward(
-        matrix(operand(r, g, 0), n, c), matrix(operand(r, g, 1), n, c), floats(operand(r, g, 2), c),
-        floats(operand(r, g, 3), n), floats(operand(r, g, 4), n), dx, floats(operand(r, g, 6), c),
-        _vector(operand(r, g, 7), c), accumulates(r, g, 6),
     )  # fmt: skip
     return 0
 
@@ -119,7 +54,7 @@ def linear_forward(record, registers):
         mark(g[R.TRACE], size(r, 3))
         gelu_forward(floats(before, n * o), floats(out, n * o))
     if drops:
-        _drop(r, g, 2, matrix(out, n, o))
+        drop(r, g, 2, matrix(out, n, o))
         new, old = floats(out, n * o), floats(residual, n * o)
         for j in range(n * o):
             new[j] += old[j]
@@ -150,7 +85,7 @@ def linear_backward(record, registers):
     if size(r, 2) >= 0 and g[R.THRESHOLD] != 0:
         copy_floats(dout, room, n * o)
         dout = room
-        _drop(r, g, 2, matrix(dout, n, o))
+        drop(r, g, 2, matrix(dout, n, o))
     if dx != 0:
         gemm(False, True, n, i, o, dout, o, w, o, 0, 0, 0, dx, i, scratch)
     if dw != 0:
