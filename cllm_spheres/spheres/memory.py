@@ -197,6 +197,10 @@ class SharedMemory:
         return self.floats(self.regions.params, self.sizes.num_parameters)
 
     @property
+    def frozen(self) -> np.ndarray:
+        return self.floats(self.regions.frozen, self.sizes.num_frozen)
+
+    @property
     def moments(self) -> np.ndarray:
         return self.floats(self.regions.moments, self.sizes.num_parameters if self.sizes.trains else 0)
 

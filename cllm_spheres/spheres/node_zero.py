@@ -74,6 +74,7 @@ class NodeZero:
         """The server and all workers; returns when every worker is ready. SphereLost where memory ran out."""
         # The few pages that everybody writes are taken here, so that no worker can meet a bus error in them.
         self.memory.allocate(0, self.memory.regions.params)
+        self.memory.allocate(self.memory.regions.frozen, 4 * self.job.sizes.num_frozen)
         self.faults.lay_down()
         self.crew = Crew(self.job, self.memory, self.ring_bell, self._status, self._server_given)
         self.crew.spawn(list(range(self.job.workers)))

@@ -23,7 +23,8 @@ _i8 = types.int64
 
 
 def packing(_):
-    return Packing(4 * FLOATS + 8 * UNITS, UNITS, module="tests.spheres.packed_server")
+    """With a unit more that counts how often what is frozen was packed."""
+    return Packing(4 * FLOATS + 8 * (UNITS + 1), UNITS, frozen_units=1, module="tests.spheres.packed_server")
 
 
 def rules(dtype):
@@ -32,12 +33,12 @@ def rules(dtype):
 
 @entry(_i8(*[_i8] * 5))
 def pack_unit(table, params, frozen, packed, unit):
-    """Unit u is the part from u^2 to (u + 1)^2 twenty-fifths of the weights."""
+    """Unit u is the part from u^2 to (u + 1)^2 twenty-fifths of the weights; the one behind them has none."""
     first, last = FLOATS * unit * unit // (UNITS * UNITS), FLOATS * (unit + 1) * (unit + 1) // (UNITS * UNITS)
     source, target = floats(params, FLOATS), floats(packed, FLOATS)
-    for i in range(first, last):
+    for i in range(first, min(last, FLOATS)):
         target[i] = source[i] + source[i]
-    integers(packed + 4 * FLOATS, UNITS)[unit] += 1
+    integers(packed + 4 * FLOATS, UNITS + 1)[unit] += 1
     return 0
 
 

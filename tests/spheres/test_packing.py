@@ -51,9 +51,9 @@ def node(corpus, monkeypatch):
 
 
 def packed(node):
-    """The packed weights, and how often each unit was packed."""
+    """The packed weights, and how often each unit was packed: the last one is of what is frozen."""
     start = node.memory.regions.packed
-    counts = node.memory.words(start + 4 * packed_server.FLOATS, packed_server.UNITS)
+    counts = node.memory.words(start + 4 * packed_server.FLOATS, packed_server.UNITS + 1)
     return node.memory.floats(start, packed_server.FLOATS), counts.tolist()
 
 
@@ -61,16 +61,16 @@ def packed(node):
 def test_every_step_and_evaluation_packs_the_weights_it_begins_with_and_nothing_else_packs(node, workers):
     one = node(workers)
     one.do(M.REHEARSE, 0, workers)
-    assert packed(one)[1] == [0] * packed_server.UNITS
+    assert packed(one)[1] == [0] * (packed_server.UNITS + 1)
     one.do(M.STEPS, 1, 5)
     before = one.memory.params.copy()
     one.do(M.STEPS, 5, 6)
     values, counts = packed(one)
-    assert counts == [5] * packed_server.UNITS
+    assert counts == [5] * packed_server.UNITS + [1]
     assert values.tobytes() == (2 * before).tobytes() != (2 * one.memory.params).tobytes()
     one.do(M.EVALUATE, 0, WINDOWS)
     values, counts = packed(one)
-    assert counts == [6] * packed_server.UNITS
+    assert counts == [6] * packed_server.UNITS + [1]
     assert values.tobytes() == (2 * one.memory.params).tobytes()
 
 

@@ -17,6 +17,7 @@ from cllm_spheres.kernels.gather import global_norm
 from cllm_spheres.kernels.optimizer import D_CORRECTION_1, D_FACTOR, D_LR, DECISION_WORDS
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.model import record as R
+from cllm_spheres.model.families import tensors_of
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import memory as M
@@ -150,6 +151,35 @@ def test_a_phase_overwrites_whatever_an_interrupted_one_left(tokens):
     spheres.compute()
     spheres.gather()
     assert spheres.state() == once
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_rest_of_a_model_half_of_which_is_frozen_trains_as_if_only_those_gradients_were_dropped(tokens, optimizer):
+    names = [tensor.name for tensor in tensors_of(SMALL)]
+    frozen = [name for name in names if name.startswith(("wpe", "h.0.attn", "h.0.ln_2"))]
+    full = Spheres(tokens, optimizer=optimizer, clip=0.0, dropout=0.2)
+    half = Spheres(tokens, optimizer=optimizer, clip=0.0, dropout=0.2, frozen=frozen, workers=2)
+    kinds = ("params", "moments", "squares") if optimizer == "adamw" else ("params", "moments")
+    whole, trained = ({k: s.job.layout.views(getattr(s.memory, k)) for k in kinds} for s in (full, half))
+    stays = half.job.layout.frozen_views(half.memory.frozen)
+    assert sorted(stays) == sorted(frozen) and trained["params"].keys() == set(names) - set(frozen)
+    for name, tensor in stays.items():
+        tensor[...] = whole["params"][name]
+    for kind, tensors in trained.items():
+        for name, tensor in tensors.items():
+            tensor[...] = whole[kind][name]
+    for spheres in (full, half):
+        spheres.compute()
+        spheres.gather()
+        spheres.decide()
+        spheres.update()
+    assert full.region("losses") == half.region("losses")
+    for kind, tensors in trained.items():
+        for name, tensor in tensors.items():
+            assert tensor.tobytes() == whole[kind][name].tobytes(), (kind, name)
+    norms = [float(s.memory.ring_doubles()[0, M.R_NORM]) for s in (full, half)]
+    assert 0 < norms[1] < norms[0]
+    assert half.memory.sizes.num_parameters < full.memory.sizes.num_parameters
 
 
 @pytest.mark.parametrize(("workers", "num_spheres"), [(2, 7), (3, 7), (7, 7), (2, 2)])
