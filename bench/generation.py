@@ -34,6 +34,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.exchange.export import export
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options as Writing
+from cllm_spheres.inference.rules import strips_of
 from cllm_spheres.model.families import family_of
 from cllm_spheres.model.initialise import initial_tables, initialise_block
 from cllm_spheres.model.layout import Layout
@@ -179,7 +180,7 @@ def sides_of(size: Size, options: Options, folder: Path, stack: contextlib.ExitS
     run = make_run(size, folder)
     model = load(run)
     (weights,) = run.glob("checkpoints/*/model.safetensors")
-    matrices = sum(t.size for t in model.layout.tensors if len(t.shape) == 2 and t.name != "wpe.weight")
+    matrices = sum(matrix.inputs * matrix.outputs for matrix in strips_of(model.shape, False)[0].values())
     for dtype in options.dtypes:
         weight_bytes = matrices * (2 if dtype == "bf16" else 4)
         buffer = new_arena(weight_bytes // 4)

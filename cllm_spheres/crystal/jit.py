@@ -48,8 +48,8 @@ if cpu.cap() is not None:
 PACKAGE = Path(__file__).resolve().parent.parent
 # Jitted code, and the modules whose constants it takes in.
 COMPILED = (
-    "crystal/*.py", "crystal/*/*.py", "faults.py", "inference/passes.py", "inference/team.py", "kernels/*.py",
-    "kernels/*/*.py", "model/initialise.py", "model/ops/*.py", "model/record.py", "model/run.py",
+    "crystal/*.py", "crystal/*/*.py", "faults.py", "inference/ops.py", "inference/registers.py", "inference/team.py",
+    "kernels/*.py", "kernels/*/*.py", "model/initialise.py", "model/ops/*.py", "model/record.py", "model/run.py",
     "spheres/atomics.py", "spheres/context.py", "spheres/engine.py", "spheres/firing.py", "spheres/memory.py",
     "spheres/phases.py", "text/batches.py",
 )  # fmt: skip

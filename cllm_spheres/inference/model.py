@@ -18,9 +18,8 @@ from cllm_spheres.checkpoint.saved_model import open_run
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.options import check_prompt, is_whole, options_of
 from cllm_spheres.inference.weights import Weights
-from cllm_spheres.kernels.sizes import PROGRESS_WORDS
-from cllm_spheres.model.geometry import LAYER_FLOATS, LNF, X, geometry, new_arena, sequences_at_a_time
 from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.text.handed import as_folder
 from cllm_spheres.text.tokenizer import Tokenizer
 
@@ -34,13 +33,11 @@ MOST_AT_ONCE = 32  # texts: more are hardly quicker, and each takes memory for i
 
 
 class Model(Weights):
-    """A GPT-2 with its tokenizer. Not for use by several threads at once: it has one workspace."""
+    """A GPT-2 with its tokenizer. Not for use by several threads at once: a workspace is for one at a time."""
 
     def __init__(self, shape: Shape, tokenizer: Tokenizer, tensors: Mapping[str, np.ndarray]) -> None:
         super().__init__(shape, tokenizer, tensors)
-        self._geometry = geometry(self.layout, largest_shard=sequences_at_a_time(shape.block_size, shape.width))
-        self._arena = new_arena(self._geometry.arena_floats)
-        self._progress = np.zeros(PROGRESS_WORDS, np.int64)
+        self._workspaces: dict[str, Workspace] = {}
 
     def __repr__(self) -> str:
         s = self.shape
@@ -55,7 +52,7 @@ class Model(Weights):
         A sequence has the same bits alone and in a batch. InputError for bad ids.
         """
         ids = self._checked(ids, 1, 2)
-        rows = [self._logits(ids_T, 0) for ids_T in ids.reshape(-1, ids.shape[-1])]
+        rows = [self._workspace("logits").logits(ids_T) for ids_T in ids.reshape(-1, ids.shape[-1])]
         return rows[0] if ids.ndim == 1 else np.stack(rows)
 
     def hidden_states(self, ids: Ids) -> np.ndarray:
@@ -65,39 +62,18 @@ class Model(Weights):
         of the last layer after the final norm, which the head multiplies by wte.weight: as transformers'
         `output_hidden_states`. InputError for bad ids.
         """
-        from cllm_spheres.model.gpt import forward
-
         ids = self._checked(ids, 1, 2)
-        count, length = ids.reshape(-1, ids.shape[-1]).shape
-        size = length * self.shape.width
-        card = self._geometry.array
-        places = [int(layer * card[LAYER_FLOATS] + card[X]) for layer in range(self.shape.layers)]
-        places.append(int(card[LNF]))
-        states = np.empty((len(places), count, length, self.shape.width), np.float32)
-        for number, ids_T in enumerate(ids.reshape(count, length)):
-            forward.call(
-                card.ctypes.data, self.params_P.ctypes.data, self._arena.ctypes.data, ids_T.ctypes.data, length, length,
-                0, 0, self._progress.ctypes.data,
-            )  # fmt: skip
-            for layer, place in enumerate(places):
-                states[layer, number].reshape(-1)[:] = self._arena[place : place + size]
-        return states.reshape(len(places), *ids.shape, self.shape.width)
+        states = np.stack([self._workspace("states").states(ids_T) for ids_T in ids.reshape(-1, ids.shape[-1])], axis=1)
+        return states.reshape(len(states), *ids.shape, self.shape.width)
 
     def loss_and_gradients(self, inputs: Ids, targets: Ids) -> tuple[float, dict[str, np.ndarray]]:
         """Mean loss in nats a token of [B, T] ids, and its gradient: parameter names -> float32 arrays."""
-        from cllm_spheres.model.gpt import compute_shard
-
         inputs_BT, targets_BT = self._checked(inputs, 2), self._checked(targets, 2)
         if inputs_BT.shape != targets_BT.shape:
             raise InputError(f"inputs have shape {inputs_BT.shape}, targets {targets_BT.shape}: they must be equal.")
-        count, length = inputs_BT.shape
         segment_P = np.zeros(self.layout.size, np.float32)
-        loss = compute_shard.call(
-            self._geometry.array.ctypes.data, self.params_P.ctypes.data, 0, segment_P.ctypes.data,
-            self._arena.ctypes.data, inputs_BT.ctypes.data, targets_BT.ctypes.data, count, length,
-            1.0 / (count * length), 0, 0, 0, 0, self._progress.ctypes.data,
-        )  # fmt: skip
-        return loss / (count * length), self.layout.views(segment_P)
+        loss, _ = self._workspace("train").shard(inputs_BT, targets_BT, segment_P, 1.0 / inputs_BT.size)
+        return loss / inputs_BT.size, self.layout.views(segment_P)
 
     def generate(self, prompt: str = "", *, dtype: str = "fp32", threads: int | None = None, **options: Any) -> str:
         """The prompt and up to `tokens` tokens more; temperature 0 is greedy. An end of text stops before.
@@ -203,15 +179,11 @@ class Model(Weights):
         finally:
             writer.close()
 
-    def _logits(self, ids_T: np.ndarray, first_row: int) -> np.ndarray:
-        from cllm_spheres.model.gpt import compute_logits
-
-        logits = np.empty((len(ids_T) - first_row, self.shape.vocab_size), np.float32)
-        compute_logits.call(
-            self._geometry.array.ctypes.data, self.params_P.ctypes.data, self._arena.ctypes.data, ids_T.ctypes.data,
-            len(ids_T), first_row, logits.ctypes.data, self._progress.ctypes.data,
-        )  # fmt: skip
-        return logits
+    def _workspace(self, purpose: str) -> Workspace:
+        """The workspace for a purpose, with an arena from its first use on."""
+        if purpose not in self._workspaces:
+            self._workspaces[purpose] = Workspace(self.layout, self.params_P, purpose=purpose)
+        return self._workspaces[purpose]
 
     def _checked(self, ids: Ids, *dimensions: int) -> np.ndarray:
         """int32, contiguous; InputError where the kernels would read or write outside."""

@@ -1,7 +1,7 @@
-"""Threads that compute one pass together: a barrier between its phases, and where helpers wait for the next pass.
+"""Threads that compute a pass together: all call each op of the program for their share, and meet behind it.
 
-Words of int64, each in a cache line of its own. A barrier spins for some microseconds, as long as a phase of a small
-model takes, and then sleeps: another program may have taken a core.
+The words of a team are int64, each in a cache line of its own. A barrier spins for some microseconds, as long as an op
+of a small model takes, and then sleeps: another program may have taken a core.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.jit import kernel
+from cllm_spheres.crystal.jit import at_address, entry, kernel
+from cllm_spheres.inference.registers import MEMBERS, TEAM
 from cllm_spheres.kernels.arrays import integers
+from cllm_spheres.kernels.fpu import flush_subnormals, restore
+from cllm_spheres.model.record import ADDRESS, CALLS, PROGRAM, RECORD_WORDS, REGISTERS
 from cllm_spheres.spheres.atomics import add, load, pause, store, wait_while, wake_all
 
 LINE = 8  # words
@@ -20,6 +23,7 @@ WORDS = LINE * 6
 SPINS = 2000  # pauses, of some 10 to 40 ns each
 
 _i8 = types.int64
+_call = at_address(_i8(_i8, _i8))
 
 
 def new_words() -> np.ndarray:
@@ -81,3 +85,48 @@ def stop(words):
     """Let the helpers end."""
     integers(words + 8 * STOPPED, 1)[0] = 1
     begin(words)
+
+
+@kernel
+def _pass(registers):
+    """One pass, by the member whose registers these are."""
+    g = integers(registers, REGISTERS)
+    team, members, program, calls = g[TEAM], g[MEMBERS], g[PROGRAM], g[CALLS]
+    for i in range(calls):
+        record = program + 8 * RECORD_WORDS * i
+        _call(integers(record, RECORD_WORDS)[ADDRESS], record, registers)
+        meet(team, members)
+
+
+@entry(_i8(_i8))
+def run_pass(registers):
+    """A pass, by this thread as member 0 and its helpers. Returns 0."""
+    state = flush_subnormals()
+    g = integers(registers, REGISTERS)
+    if g[MEMBERS] > 1:
+        begin(g[TEAM])
+    _pass(registers)
+    restore(state)
+    return 0
+
+
+@entry(_i8(_i8))
+def help_passes(registers):
+    """A helper's life: its share of every pass, until the team is told to stop. Returns the number of passes."""
+    state = flush_subnormals()
+    team = integers(registers, REGISTERS)[TEAM]
+    seen = 0
+    while True:
+        number = next_pass(team, seen)
+        if number < 0:
+            restore(state)
+            return seen
+        seen = number
+        _pass(registers)
+
+
+@entry(_i8(_i8))
+def stop_helpers(words):
+    """Let the helpers of a team leave. Returns 0."""
+    stop(words)
+    return 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -222,14 +223,15 @@ class Builder:
     # --- the passes ---
 
     def build(self, purpose: str) -> Program:
-        """purpose: "train", "evaluate" (losses alone), or "logits"."""
+        """purpose: "train", "evaluate" (losses alone), "logits", or "states" (no logits, but `state_streams`)."""
         rules = self.rules
         if hasattr(rules, "begin"):
             rules.begin(self, purpose)
         for step in self.steps:
             self._step = step
             if isinstance(step, Head):
-                rules.head(self, step, purpose)
+                if purpose != "states":
+                    rules.head(self, step, purpose)
             else:
                 rules.FORWARD[type(step)](self, step)
         self._mark_blocks(FORWARD, 0)
@@ -238,7 +240,8 @@ class Builder:
         if hasattr(rules, "end"):
             self._step = self.steps[-1]
             rules.end(self)
-        return self._program()
+        states = state_streams(self.steps) if purpose == "states" else []
+        return self._program([self._values[stream, ""] for stream in states])
 
     def _backward(self) -> None:
         self._forward, start = False, len(self.calls)
@@ -278,25 +281,32 @@ class Builder:
             if call.block is not None and (after is None or after.block != call.block):
                 call.advance = advance
 
-    def _program(self) -> Program:
-        calls = _without_unused(self.calls)
+    def _program(self, kept: list[Value]) -> Program:
+        """kept: values that are to stand in the arena at the end."""
+        calls = _without_unused(self.calls, kept)
         scratch = Value("scratch", self._scratch)
         for call in calls:
             call.operands = tuple(
                 Operand(scratch) if o.value is None and o.register == R.ARENA else o for o in call.operands
             )
         used: list[list[Value]] = [call.values for call in calls]
-        used[0], used[-1] = [*used[0], scratch], [*used[-1], scratch]
+        used[0], used[-1] = [*used[0], scratch], [*used[-1], scratch, *kept]
         lives = lifetimes(used)
         places, size = place(lives, {value: value.size_bytes for value in lives})
         streams = {stream: value for (stream, part), value in self._values.items() if not part}
         return Program(self.rules, self.layout, tuple(calls), places, size, self.sequences, self.rate, streams)
 
 
-def _without_unused(calls: list[Call]) -> list[Call]:
+def state_streams(steps: list[Step]) -> list[Stream]:
+    """What enters the first block, what each but the last one leaves, and what enters the head."""
+    ends = [a.out for a, b in pairwise(steps) if b.block not in (None, a.block) and hasattr(a, "out")]
+    return ends + [step.x for step in steps if isinstance(step, Head)]
+
+
+def _without_unused(calls: list[Call], wanted: list[Value]) -> list[Call]:
     """Without the calls that leave only what nobody reads afterwards, such as the last product of a repeated block."""
     kept: list[Call] = []
-    read: set[Value] = set()
+    read = set(wanted)
     for call in reversed(calls):
         if call.writes and not call.advance and not any(value in read for value in call.writes):
             continue

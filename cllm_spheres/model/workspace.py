@@ -11,8 +11,9 @@ import numpy as np
 from cllm_spheres.kernels.sizes import ALIGN, PROGRESS_WORDS
 from cllm_spheres.model import dtypes
 from cllm_spheres.model import record as R
+from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.program import Program, program
+from cllm_spheres.model.program import Program, program, state_streams
 
 
 def new_arena(floats: int) -> np.ndarray:
@@ -39,7 +40,7 @@ class Registers:
 
 
 class Workspace:
-    """A model on flat parameters, with an arena for `purpose`: "train", "evaluate" or "logits".
+    """A model on flat parameters, with an arena for `purpose`: "train", "evaluate", "logits" or "states".
 
     Weights are packed by `pack`, where the dtype reads packed ones. For one thread at a time.
     """
@@ -96,6 +97,15 @@ class Workspace:
         self.registers.words[R.OUTPUT] = logits.ctypes.data
         self._once(inputs_T, first_row)
         return logits
+
+    def states(self, inputs_T: np.ndarray) -> np.ndarray:
+        """float32 [S, T, C] of the S streams that `state_streams` names; by a workspace for states."""
+        self._once(inputs_T, 0)
+        found = []
+        for stream in state_streams(described(self.program.layout.shape).steps):
+            place = self.program.places[self.program.streams[stream]] // 4
+            found.append(self.arena[place : place + len(inputs_T) * stream.width].reshape(-1, stream.width))
+        return np.stack(found)
 
     def _once(self, inputs_T: np.ndarray, first_row: int) -> None:
         from cllm_spheres.model.run import run_once

@@ -146,7 +146,7 @@ def test_a_prompt_longer_than_a_pass_is_read_in_parts(monkeypatch):
     model = random_model(block_size=24)
     ids, options = model.encode("the old man and the sea"), Options(tokens=5, logprobs=3, score_prompt=True)
     expected = write(model, ids, options)
-    monkeypatch.setattr("cllm_spheres.inference.decoder.ROWS", 4)
+    monkeypatch.setattr("cllm_spheres.inference.rules.MOST_ROWS", 4)
     with model.writer(2) as writer:
         first, second = writer.begin(ids, options), writer.begin(ids[:2], options)
         pieces = rest_of(writer)
