@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from numba import types
 from numba.core.registry import cpu_target
 
 from cllm_spheres.crystal import jit
@@ -120,10 +121,23 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced(tree):
 
 
 def test_all_jitted_code_lies_in_the_folders_that_the_cache_knows():
-    compiled = {"kernel", "reduction", "element", "entry", "intrinsic", "njit", "jit", "cfunc"}
+    compiled = {"kernel", "reduction", "element", "entry", "op", "intrinsic", "njit", "jit", "cfunc"}
     for path in PACKAGE.rglob("*.py"):
         nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
         froms = [node for node in nodes if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit"))]
         if compiled & {alias.name for node in froms for alias in node.names}:
             inside = path.relative_to(PACKAGE)
             assert any(inside.match(pattern) for pattern in COMPILED), f"{inside} is compiled"
+
+
+def test_a_second_entry_of_one_name_is_an_error_and_not_a_replacement():
+    """Jitted code finds entries by their symbols."""
+    signature = types.int64(types.int64)
+
+    def twice(x):
+        return 2 * x
+
+    first = jit.entry(signature)(twice)
+    with pytest.raises(ValueError, match="there are two entries tests_crystal_test_jit_test_a_second_entry.*twice"):
+        jit.entry(signature)(twice)
+    assert first.call(4) == 8

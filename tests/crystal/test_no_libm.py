@@ -119,5 +119,5 @@ def test_no_compiled_code_of_the_package_calls_the_librarys_mathematics():
     missing = entries - {name.split(".")[-1] for name in compiled}
     assert not missing, f"not in the cache: {missing}"  # entries compile as their modules are imported
     assert {"compute_shard", "update_block", "work", "run_pass", "choose_token"} <= entries
-    assert ("compute_shard_bf16" in entries) == HAS_BF16
+    assert ("pack_unit" in entries) == HAS_BF16
     assert not {name: names for name, names in found.items() if names}
