@@ -124,7 +124,11 @@ def test_all_jitted_code_lies_in_the_folders_that_the_cache_knows():
     compiled = {"kernel", "reduction", "element", "entry", "op", "intrinsic", "njit", "jit", "cfunc"}
     for path in PACKAGE.rglob("*.py"):
         nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-        froms = [node for node in nodes if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit"))]
+        froms = [
+            node
+            for node in nodes
+            if (node.module or "").startswith(("numba", "cllm_spheres.crystal.jit", "cllm_spheres.model.record"))
+        ]
         if compiled & {alias.name for node in froms for alias in node.names}:
             inside = path.relative_to(PACKAGE)
             assert any(inside.match(pattern) for pattern in COMPILED), f"{inside} is compiled"
