@@ -30,7 +30,8 @@ from cllm_spheres.kernels import blas
 from cllm_spheres.kernels import optimizer as ours
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
-from cllm_spheres.model.layout import Layout, tensor_shapes
+from cllm_spheres.model.description import Tensor
+from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.text.tokenizer import ByteTokenizer
@@ -66,13 +67,13 @@ CASES = {
 
 def random_tensors(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """float32 weights of a size where every part matters: activations near 1, no gain 1, no bias 0."""
-    matrices, vectors = tensor_shapes(shape)
-    scale = {name: 0.1 if name in ("wte.weight", "wpe.weight") else d[0] ** -0.5 for name, d in matrices.items()}
-    scale |= dict.fromkeys(vectors, 0.2)
-    return {
-        name: (rng.standard_normal(d) * scale[name] + (name in vectors and "weight" in name)).astype(np.float32)
-        for name, d in (matrices | vectors).items()
-    }
+
+    def scale(t: Tensor) -> float:
+        embeds = t.transposed or t.looked_up
+        return 0.2 if len(t.shape) == 1 else 0.1 if embeds else t.shape[0] ** -0.5
+
+    tensors = [placed.tensor for placed in Layout(shape).tensors]
+    return {t.name: (rng.standard_normal(t.shape) * scale(t) + t.constant).astype(np.float32) for t in tensors}
 
 
 def by_torch(torch: Any, tensors: dict, inputs_BT: Any, targets_BT: Any, shape: Shape, dtype: Any) -> dict:
@@ -206,7 +207,8 @@ def compare_optimizers(torch: Any, steps: int, seed: int) -> tuple[dict[str, lis
     changes = change(own.layout.views(own.params_P)), moved(peer), moved(exact)
     moments = own.layout.views(own.moments_P), peer.state("exp_avg"), exact.state("exp_avg")
     squares = own.layout.views(own.squares_P), peer.state("exp_avg_sq"), exact.state("exp_avg_sq")
-    matrices, vectors = tensor_shapes(shape)
+    matrices = [placed.name for placed in own.layout.tensors if placed.tensor.decays]
+    vectors = [placed.name for placed in own.layout.tensors if not placed.tensor.decays]
 
     def worst(three: tuple[dict, dict, dict], names: Iterable[str]) -> list[float]:
         pairs = [

@@ -16,11 +16,10 @@ import numpy as np
 from cllm_spheres_bench.crystal_grid import PLAIN, SMOOTHING, Cell, Corpus
 
 from cllm_spheres.config import merge
-from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS
+from cllm_spheres.kernels.sizes import BLOCK
 from cllm_spheres.kernels.soft_targets import card
-from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.workspace import new_arena
+from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.training.plan import shape_of
 from cllm_spheres.training.soft_targets import loss_options, table
 
@@ -53,22 +52,15 @@ def measure(corpus: Corpus, preset: str, dtype: str, cells: list[Cell], *, secon
     assert config.batch_size and config.spheres
     layout, rng = Layout(shape_of(config)), np.random.default_rng(SEED)
     count, length = -(-config.batch_size // config.spheres), config.block_size
-    shape_on_card = dtypes.geometry(layout, dtype, largest_shard=count)
-    entries = dtypes.entries(dtype)
-    packed_bytes, units = dtypes.packed_sizes(layout, dtype)
     params_P = np.tile((rng.standard_normal(BLOCK) * 0.02).astype(np.float32), layout.num_blocks)
-    for name, view in layout.views(params_P).items():
+    for placed, view in zip(layout.tensors, layout.views(params_P).values(), strict=True):
         if view.ndim == 1:
-            view[...] = name.endswith("weight")
-    segment_P, progress = np.zeros(layout.size, np.float32), np.zeros(PROGRESS_WORDS, np.int64)
-    arena, packed = new_arena(shape_on_card.arena_floats), new_arena(-(-packed_bytes // 4))
-    for unit in range(units):
-        assert entries.pack_unit is not None
-        entries.pack_unit.call(shape_on_card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, unit)
+            view[...] = placed.tensor.constant
+    segment_P, workspace = np.zeros(layout.size, np.float32), Workspace(layout, params_P, dtype, largest_shard=count)
+    workspace.pack()
     starts = rng.integers(0, len(prepared.train) - length - 1, count)
     ids_BT = np.stack([prepared.train[start : start + length + 1] for start in starts]).astype(np.int32)
     inputs, targets = np.ascontiguousarray(ids_BT[:, :-1]), np.ascontiguousarray(ids_BT[:, 1:])
-    plain = np.zeros(1, np.float64)
     cards: dict[str, Any] = {}
     for cell in cells:
         own = config.model_copy(update=cell.options)
@@ -77,11 +69,7 @@ def measure(corpus: Corpus, preset: str, dtype: str, cells: list[Cell], *, secon
     def call(loss: str) -> float:
         found = cards[loss]
         began = time.thread_time()
-        entries.compute_shard.call(
-            shape_on_card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, segment_P.ctypes.data,
-            arena.ctypes.data, inputs.ctypes.data, targets.ctypes.data, count, length, 1 / inputs.size, 0, 0,
-            found[0].ctypes.data if found else 0, plain.ctypes.data, progress.ctypes.data,
-        )  # fmt: skip
+        workspace.shard(inputs, targets, segment_P, 1 / inputs.size, soft=found[0].ctypes.data if found else 0)
         return time.thread_time() - began
 
     for loss in cards:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cllm_spheres.model.geometry import geometry, head_rows, new_arena
 from cllm_spheres_bench import kernel_loops as loops
 from cllm_spheres_bench import kernel_peers as peers
 from cllm_spheres_bench.scaling_model import gather_bytes, update_bytes
@@ -27,8 +26,12 @@ from cllm_spheres.kernels.optimizer import (
     DECISION_WORDS,
 )
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, attention_floats, product_floats
+from cllm_spheres.model.description import Linear
+from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.rules.fp32 import head_rows, sequences_at_a_time
 from cllm_spheres.model.shape import Shape
+from cllm_spheres.model.workspace import new_arena
 
 PRODUCTS, MODEL_PARTS, MEMORY = "products", "attention and head", "memory"
 SPHERES = 2  # as bench peers trains on two cores
@@ -72,9 +75,11 @@ def shard_sequences(size: Size) -> int:
 
 def products(shape: Shape, rows: int, rows_of_head: int) -> list[Product]:
     """Every different matrix product of a layer and of the head, forward and for both gradients."""
-    c, f = shape.width, shape.ff_width
-    found = []
-    for name, i, o in (("qkv", c, 3 * c), ("projection", c, c), ("up", c, f), ("down", f, c)):
+    c, found = shape.width, []
+    for step in described(shape).steps:
+        if not isinstance(step, Linear) or step.block != 0:
+            continue
+        name, i, o = step.label.rpartition(" ")[2], step.x.width, step.out.width
         found += [
             Product(name, rows, o, i, False, False), Product(f"{name} dx", rows, i, o, False, True),
             Product(f"{name} dw", i, o, rows, True, False),
@@ -150,7 +155,7 @@ def product_candidates(p: Product, torch: Any) -> tuple[Candidates, dict[str, np
 def cases(size: Size, torch: Any) -> Iterator[Case]:
     """All float32 kernels of a size. torch: the module, or None where it is not installed."""
     s = size.shape
-    sequences = geometry(Layout(s), largest_shard=shard_sequences(size)).sequences
+    sequences = min(sequences_at_a_time(s), shard_sequences(size))
     n, c, f, v = sequences * s.block_size, s.width, s.ff_width, s.vocab_size
     r = head_rows(n, v)
     for p in products(s, n, r):

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from cllm_spheres.model.geometry_bf16 import geometry, packed
 from cllm_spheres_bench import kernel_loops_bf16 as loops
 from cllm_spheres_bench import kernel_peers as peers
 from cllm_spheres_bench.kernel_cases import (
@@ -34,6 +33,7 @@ from cllm_spheres_bench.sizes import Size
 from cllm_spheres.kernels.bf16.linear import THROUGH_GELU, TO_GELU, TO_RESIDUAL, TO_ROWS
 from cllm_spheres.kernels.bf16.sizes import CHUNK, attention_bytes, kept_logits, padded
 from cllm_spheres.model.layout import Layout
+from cllm_spheres.model.rules.bf16 import packing, sequences_at_a_time
 from cllm_spheres.model.shape import Shape
 
 # A layer's products that end in something else than float32, and with what: qkv and projection, up and down.
@@ -124,7 +124,7 @@ def cases(size: Size, torch: Any) -> Iterator[Case]:
     """All bfloat16 kernels of a size. torch: the module, or None where it is not installed."""
     s = size.shape
     layout = Layout(s)
-    sequences = geometry(layout, largest_shard=shard_sequences(size)).sequences
+    sequences = min(sequences_at_a_time(s), shard_sequences(size))
     n, c, v = sequences * s.block_size, s.width, s.vocab_size
     for p in products(s, n, n):
         build = head_candidates if p.name.startswith("head") else layer_candidates
@@ -138,8 +138,8 @@ def cases(size: Size, torch: Any) -> Iterator[Case]:
         lambda: _head(s, n, torch),
     )  # fmt: skip
     yield Case(MEMORY, "bf16", "layer norm into tiles", f"{n} x {c}", 6 * n * c, lambda: _layernorm(n, c, torch))
-    weights = packed(layout)
-    read = sum(4 * matrix[1] * matrix[2] for matrix in weights.matrices)
+    weights = packing(layout)
+    read = sum(4 * placed.size for placed in layout.tensors if placed.name in weights.places)
     yield Case(
         MEMORY, "bf16", "packing of the weights", f"{read / 4e6:,.1f} M parameters", read + weights.size_bytes,
         lambda: _pack(layout),
@@ -220,11 +220,10 @@ def _layernorm(n: int, c: int, torch: Any) -> Candidates:
 
 def _pack(layout: Layout) -> Candidates:
     """Ours alone: no other keeps its weights in two packed forms."""
-    weights = packed(layout)
+    weights = packing(layout)
     params, room = aligned(layout.size), filled(-(-weights.size_bytes // 4))
-    card = geometry(layout, largest_shard=1).array
 
     def ours(times: int) -> None:
-        loops.repeat_pack(times, card.ctypes.data, params.ctypes.data, room.ctypes.data, weights.units)
+        loops.repeat_pack(times, weights.address, params.ctypes.data, room.ctypes.data, weights.units)
 
     return {"ours": ours}

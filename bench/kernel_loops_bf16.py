@@ -5,8 +5,6 @@ As kernel_loops.py; importing this compiles bfloat16, which a CPU without it can
 
 from __future__ import annotations
 
-from cllm_spheres.model.packing import pack_unit_bf16
-
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.bf16.attention import attention_backward, attention_forward
 from cllm_spheres.kernels.bf16.head import head_loss_backward
@@ -16,10 +14,11 @@ from cllm_spheres.kernels.bf16.norm import layernorm_rows
 from cllm_spheres.kernels.bf16.sizes import CHUNK
 from cllm_spheres.kernels.bf16.tiles import TILE, padded
 from cllm_spheres.kernels.fpu import flush_subnormals, restore
+from cllm_spheres.model.ops.bf16_packing import pack_unit
 
 _multiply, _project, _head_loss_backward = multiply.external, project.external, head_loss_backward.external
 _attention_forward, _attention_backward = attention_forward.external, attention_backward.external
-_pack_unit = pack_unit_bf16.external
+_pack_unit = pack_unit.external
 
 
 @kernel
@@ -139,8 +138,8 @@ def repeat_layernorm_rows(times, x_NC, gain_C, bias_C, form, mean_N, rstd_N, row
 
 
 @kernel
-def repeat_pack(times, geometry, params, packed, units):
+def repeat_pack(times, table, params, packed, units):
     """Both forms of all weights."""
     for _ in range(times):
         for unit in range(units):
-            _pack_unit(geometry, params, packed, unit)
+            _pack_unit(table, params, 0, packed, unit)

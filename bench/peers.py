@@ -24,11 +24,12 @@ from cllm_spheres_bench import machine_peak, peers_report
 from cllm_spheres_bench.machine import facts, installed, results_folder, spread, write_results
 from cllm_spheres_bench.peer_torch import ATTENTIONS, GELUS, MODES, Variant
 from cllm_spheres_bench.sides import Inputs, Measured, make_inputs, our_side, their_side, watch
-from cllm_spheres_bench.sizes import SIZES, Size, flops_per_token
+from cllm_spheres_bench.sizes import SIZES, Size
 
 from cllm_spheres.errors import InputError, RunFailed
 from cllm_spheres.machine import usable_cores
 from cllm_spheres.model import dtypes
+from cllm_spheres.model.costs import flops_per_token
 from cllm_spheres.units import duration
 
 DTYPES = ("fp32", "bf16")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cllm_spheres.config import Config, build, preset_values
 from cllm_spheres.errors import InputError, nearest
-from cllm_spheres.model.layout import tensor_shapes
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.text.cache import cache_folder, prepare_cached
 from cllm_spheres.text.prepared import Prepared
@@ -78,19 +77,6 @@ def chosen_sizes(words: str) -> list[Size]:
     if not names:
         raise InputError(f"--sizes names none: known are {', '.join(SIZES)}.")
     return [SIZES[name] for name in dict.fromkeys(names)]
-
-
-def flops_per_token(shape: Shape) -> int:
-    """Floating-point operations of training on one token, by the usual count.
-
-    6 x the parameters of matrix products (the head among them, though its matrix is shared with the embedding):
-    a multiplication and an addition, forward and for both gradients. Attention: 12 x layers x width x T / 2, two
-    products of T x width, forward and twice backward, of which a causal mask needs half. What is computed again
-    does not count. Source: Chowdhery et al., PaLM (2022), appendix B.
-    """
-    matrices, _ = tensor_shapes(shape)
-    products = sum(rows * columns for name, (rows, columns) in matrices.items() if name != "wpe.weight")
-    return 6 * products + 12 * shape.layers * shape.width * shape.block_size // 2
 
 
 def prepare_text(size: Size) -> Prepared:

@@ -18,6 +18,7 @@ from cllm_spheres_cli.eval import evaluate
 from cllm_spheres_cli.export import export
 from cllm_spheres_cli.generate import generate
 from cllm_spheres_cli.import_ import import_
+from cllm_spheres_cli.model import model
 from cllm_spheres_cli.prepare import prepare
 from cllm_spheres_cli.prune import prune
 from cllm_spheres_cli.runs import runs
@@ -54,7 +55,7 @@ def _options(
 
 
 app.command(cls=TrainCommand)(train)
-for command in (scale, watch, runs, prune, generate, chat, serve, export, prepare, data, crystal, doctor, cache):
+for command in (scale, watch, runs, prune, generate, chat, serve, export, prepare, data, crystal, model, doctor, cache):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("import")(import_)

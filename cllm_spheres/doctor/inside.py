@@ -26,12 +26,12 @@ def look_at_blas() -> Answer:
     return "ok", f"OpenBLAS {version}, core {core}, one thread"
 
 
-def look_at_kernels(server: Server, dtype: str) -> Answer:
+def look_at_kernels(server: Server, dtype: str, family: str) -> Answer:
     """Compiled where they are not yet, and compared with numpy."""
     from cllm_spheres.doctor.twins import look_at_model
 
     server.warm(dtype)
-    return look_at_model(dtype)
+    return look_at_model(dtype, family)
 
 
 def checks(server: Server, job: Job) -> list[tuple[str, Callable[[], Answer]]]:
@@ -51,7 +51,10 @@ def checks(server: Server, job: Job) -> list[tuple[str, Callable[[], Answer]]]:
     usable = [dtype for dtype in dtypes.DTYPES if dtypes.usable(dtype) == dtype]
     return [
         ("BLAS", look_at_blas),
-        *((f"kernels {dtype}", lambda dtype=dtype: look_at_kernels(server, dtype)) for dtype in usable),
+        *(
+            (f"kernels {dtype}", lambda dtype=dtype: look_at_kernels(server, dtype, job.shape.family))
+            for dtype in usable
+        ),
         ("optimizer", optimizer),
         ("speed", speed),
     ]

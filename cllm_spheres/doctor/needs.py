@@ -18,13 +18,18 @@ from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.training import start
-from cllm_spheres.training.plan import EVAL_BATCHES, check_shape, memory_bytes, places, shape_of
+from cllm_spheres.training.plan import EVAL_BATCHES, check_shape, fit, memory_bytes, places, shape_of
 from cllm_spheres.units import size
 
 
 def plan(options: dict[str, object]) -> tuple[Config, Job]:
     """What `train` would make of these options, with the preset's vocabulary. InputError for what cannot be."""
     config, given = merge(options)
+    return config, job_of(config, given)
+
+
+def job_of(config: Config, given: set[str]) -> Job:
+    """The job of a configuration, without a text. given: the options that the user set himself."""
     check_shape(config)
     values = config.model_dump() | places(config, given)
     values["dtype"] = dtypes.choose(config.dtype, config.width)
@@ -37,7 +42,7 @@ def plan(options: dict[str, object]) -> tuple[Config, Job]:
         num_windows=EVAL_BATCHES * resolved.batch_size, optimizer=resolved.optimizer, dropout=resolved.dropout,
         dtype=resolved.dtype,
     )  # fmt: skip
-    return config, job
+    return fit(job, resolved.recompute)
 
 
 def look_at_run(config: Config, job: Job) -> Answer:

@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from cllm_spheres.doctor.finding import Answer
-from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS
+from cllm_spheres.kernels.sizes import BLOCK
 from cllm_spheres.machine import available_memory
 from cllm_spheres.model import dtypes
-from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.workspace import new_arena
+from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.units import compact, size
 
@@ -22,45 +21,30 @@ MUCH = 1.15  # times as fast: less than that is the noise of a machine that does
 
 def rehearsal_bytes(job: Job) -> int:
     """Memory that `tokens_per_s` takes: weights, a segment, the arena, packed weights."""
-    layout = Layout(job.shape)
-    arena = dtypes.geometry(layout, job.dtype, largest_shard=job.largest_shard).arena_floats
-    return 4 * (2 * layout.size + arena) + dtypes.packed_sizes(layout, job.dtype)[0]
+    return 8 * job.layout.size + job.programs["train"].arena_bytes + dtypes.packing(job.layout, job.dtype).size_bytes
 
 
 def tokens_per_s(job: Job) -> float:
     """Of whole batches on one core: the gradient of every sequence, and the weights packed once a step."""
-    layout, rng = Layout(job.shape), np.random.default_rng(5)
-    card = dtypes.geometry(layout, job.dtype, largest_shard=job.largest_shard)
-    entries = dtypes.entries(job.dtype)
-    packed_bytes, units = dtypes.packed_sizes(layout, job.dtype)
+    layout, rng = job.layout, np.random.default_rng(5)
     params_P = np.tile((rng.standard_normal(BLOCK) * 0.02).astype(np.float32), layout.num_blocks)
-    for name, view in layout.views(params_P).items():
+    for placed, view in zip(layout.tensors, layout.views(params_P).values(), strict=True):
         if view.ndim == 1:
-            view[...] = name.endswith("weight")
+            view[...] = placed.tensor.constant
     segment_P = np.zeros(layout.size, np.float32)
-    arena, packed = new_arena(card.arena_floats), new_arena(-(-packed_bytes // 4))
+    workspace = Workspace(layout, params_P, job.dtype, largest_shard=job.largest_shard, recompute=job.recompute)
     count, length = job.largest_shard, job.shape.block_size
-    ids = rng.integers(0, job.shape.vocab_size, (2, count, length)).astype(np.int32)
-    progress = np.zeros(PROGRESS_WORDS, np.int64)
-
-    def pack() -> None:
-        if entries.pack_unit:
-            for unit in range(units):
-                entries.pack_unit.call(card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, unit)
+    inputs, targets = rng.integers(0, job.shape.vocab_size, (2, count, length)).astype(np.int32)
 
     def shard() -> None:
-        entries.compute_shard.call(
-            card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, segment_P.ctypes.data,
-            arena.ctypes.data, ids[0].ctypes.data, ids[1].ctypes.data, count, length, 1 / (count * length), 0, 0,
-            0, 0, progress.ctypes.data,
-        )  # fmt: skip
+        workspace.shard(inputs, targets, segment_P, 1 / (count * length))
 
-    pack()
+    workspace.pack()
     began = time.perf_counter()
     shard()  # takes the pages too
     warm_s = time.perf_counter() - began
     shard_s = min(_seconds(shard), warm_s)
-    step_s = shard_s * job.batch_size / count + (_seconds(pack) if units else 0.0)
+    step_s = shard_s * job.batch_size / count + (_seconds(workspace.pack) if workspace.packing.units else 0.0)
     return job.batch_size * length / step_s
 
 

@@ -1,7 +1,7 @@
 """Compiled kernels -> findings: do they compute what the formulas in numpy's float64 say?
 
-The whole forward pass stands here once more, slowly. The gradient is compared with finite differences of that loss,
-tensor by tensor, so that no backward pass is needed.
+Each step of a family's description has its formula here, slow and plain. The gradient is compared with finite
+differences of that loss, tensor by tensor, so that no backward pass is needed.
 
 B sequences, T positions, C channels, H heads of width D, V vocabulary, P parameters.
 """
@@ -9,16 +9,18 @@ B sequences, T positions, C channels, H heads of width D, V vocabulary, P parame
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from cllm_spheres.doctor.finding import Answer
-from cllm_spheres.kernels.sizes import BLOCK, PROGRESS_WORDS, SLOT_FLOATS
-from cllm_spheres.model import dtypes
+from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.model.description import Attention, Embed, Head, Linear, Norm, Stream
+from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import new_arena
+from cllm_spheres.model.workspace import Workspace
 
 Array = npt.NDArray[np.float64]
 SHAPE = Shape(vocab_size=50, block_size=20, layers=2, heads=4, width=64, ff_width=96)
@@ -31,47 +33,62 @@ WRONG = "The kernels compute wrongly on this CPU: delete the kernel cache and tr
 
 
 def loss(shape: Shape, p: dict[str, Array], inputs_BT: np.ndarray, targets_BT: np.ndarray) -> float:
-    """The summed token loss of GPT-2 without dropout, in float64."""
-
-    def norm(x: Array, name: str) -> Array:
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(x: Array, name: str) -> Array:
-        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    b, t = inputs_BT.shape
-    x_BTC = p["wte.weight"][inputs_BT] + p["wpe.weight"][:t]
-    for layer in range(shape.layers):
-        at = f"h.{layer}"
-        qkv = linear(norm(x_BTC, f"{at}.ln_1"), f"{at}.attn.c_attn").reshape(b, t, 3, shape.heads, -1)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
-        scores = np.where(np.tril(np.ones((t, t), bool)), scores, -np.inf)
-        e = np.exp(scores - scores.max(-1, keepdims=True))
-        attended = (e / e.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(b, t, -1)
-        x_BTC = x_BTC + linear(attended, f"{at}.attn.c_proj")
-        up = linear(norm(x_BTC, f"{at}.ln_2"), f"{at}.mlp.c_fc")
-        gelu = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-        x_BTC = x_BTC + linear(gelu, f"{at}.mlp.c_proj")
-    logits = norm(x_BTC, "ln_f") @ p["wte.weight"].T
+    """The summed token loss without dropout, in float64: the formula of each step that the family describes."""
+    found: dict[Stream, Array] = {}
+    for step in described(shape).steps:
+        if isinstance(step, Embed):
+            found[step.out] = p[step.tokens][inputs_BT] + p[step.positions][: inputs_BT.shape[1]]
+        elif isinstance(step, Norm):
+            centred = found[step.x] - found[step.x].mean(-1, keepdims=True)
+            normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+            found[step.out] = normed * p[step.gain] + p.get(step.bias, 0.0)
+        elif isinstance(step, Linear):
+            y = found[step.x] @ p[step.weight] + p.get(step.bias, 0.0)
+            if step.activation:
+                y = ACTIVATIONS[step.activation](y)
+            found[step.out] = y if step.residual is None else found[step.residual] + y
+        elif isinstance(step, Attention):
+            found[step.out] = _attended(found[step.qkv], step.heads)
+        else:
+            assert isinstance(step, Head), f"no formula for {step}"
+            logits = found[step.x] @ p[step.weight].T
     largest = logits.max(-1)
     log_sum = largest + np.log(np.exp(logits - largest[..., None]).sum(-1))
     return float((log_sum - np.take_along_axis(logits, targets_BT[..., None], -1)[..., 0]).sum())
 
 
-def look_at_model(dtype: str) -> Answer:
+def _gelu(x: Array) -> Array:
+    y: Array = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return y
+
+
+ACTIVATIONS = {"gelu": _gelu}
+
+
+def _attended(qkv_BTC3: Array, heads: int) -> Array:
+    """Causal attention of queries, keys and values side by side -> [B, T, C]."""
+    b, t, _ = qkv_BTC3.shape
+    q, k, v = qkv_BTC3.reshape(b, t, 3, heads, -1).transpose(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones((t, t), bool)), scores, -np.inf)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    out: Array = (e / e.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(b, t, -1)
+    return out
+
+
+def look_at_model(dtype: str, family: str = "gpt2") -> Answer:
     """Loss and gradient of a small model by the compiled kernels of a dtype, against the formulas."""
-    rng, layout = np.random.default_rng(3), Layout(SHAPE)
+    shape = replace(SHAPE, family=family)
+    rng, layout = np.random.default_rng(3), Layout(shape)
     params_P = np.zeros(layout.size, np.float32)
-    for name, view in layout.views(params_P).items():
-        view[...] = rng.standard_normal(view.shape) * 0.1 + (name.endswith("weight") and view.ndim == 1)
+    for placed, view in zip(layout.tensors, layout.views(params_P).values(), strict=True):
+        view[...] = rng.standard_normal(view.shape) * 0.1 + placed.tensor.constant
     ids = rng.integers(0, SHAPE.vocab_size, (2, SEQUENCES, SHAPE.block_size)).astype(np.int32)
     tokens = SEQUENCES * SHAPE.block_size
     found_loss, segment_P = compute(dtype, layout, params_P, ids[0], ids[1], 1 / tokens)
 
     exact = {name: view.astype(np.float64) for name, view in layout.views(params_P).items()}
-    expected_loss = loss(SHAPE, exact, ids[0], ids[1])
+    expected_loss = loss(shape, exact, ids[0], ids[1])
     off_loss = abs(found_loss - expected_loss) / expected_loss
     gradients = layout.views(segment_P)
     for name, gradient in gradients.items():
@@ -83,7 +100,7 @@ def look_at_model(dtype: str) -> Answer:
         direction = rng.choice([-1.0, 1.0], gradient.shape) / math.sqrt(gradient.size)  # of length 1
         step = 1e-4
         ends = [
-            loss(SHAPE, exact | {name: exact[name] + sign * step * direction}, ids[0], ids[1]) / tokens
+            loss(shape, exact | {name: exact[name] + sign * step * direction}, ids[0], ids[1]) / tokens
             for sign in (1, -1)
         ]
         expected, actual = (ends[0] - ends[1]) / (2 * step), float((gradient * direction).sum())
@@ -102,21 +119,11 @@ def compute(
     dtype: str, layout: Layout, params_P: np.ndarray, inputs_BT: np.ndarray, targets_BT: np.ndarray, scale: float
 ) -> tuple[float, np.ndarray]:
     """The summed loss and the gradient segment by the compiled kernels; buffers begin as NaN."""
-    card = dtypes.geometry(layout, dtype, largest_shard=len(inputs_BT))
-    entries = dtypes.entries(dtype)
-    packed_bytes, units = dtypes.packed_sizes(layout, dtype)
-    packed, arena = new_arena(-(-packed_bytes // 4)), new_arena(card.arena_floats)
-    segment_P, progress = np.zeros(layout.size, np.float32), np.zeros(PROGRESS_WORDS, np.int64)
-    for buffer in (packed, arena, *layout.views(segment_P).values()):
+    segment_P, workspace = np.zeros(layout.size, np.float32), Workspace(layout, params_P, dtype)
+    for buffer in (workspace.packed, workspace.arena, *layout.views(segment_P).values()):
         buffer[...] = np.nan
-    if entries.pack_unit:
-        for unit in range(units):
-            entries.pack_unit.call(card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, unit)
-    summed = entries.compute_shard.call(
-        card.array.ctypes.data, params_P.ctypes.data, packed.ctypes.data, segment_P.ctypes.data, arena.ctypes.data,
-        inputs_BT.ctypes.data, targets_BT.ctypes.data, *inputs_BT.shape, scale, 0, 0, 0, 0, progress.ctypes.data,
-    )  # fmt: skip
-    return float(summed), segment_P
+    workspace.pack()
+    return workspace.shard(inputs_BT, targets_BT, segment_P, scale)[0], segment_P
 
 
 def look_at_optimizer() -> Answer:

@@ -54,16 +54,20 @@ NOTHING = Operand()
 
 @dataclass
 class Call:
-    """One call of an op. block: of which block of layers; advance: that a block ends here, forward or backward."""
+    """One call of an op, for a step. advance: that a block of layers ends here, forward or backward."""
 
     op: str
     operands: tuple[Operand, ...]
     sizes: tuple[int, ...]
     mark: int
-    block: int | None
+    step: Step
     writes: tuple[Value, ...]
     advance: int = 0
     forward: bool = True
+
+    @property
+    def block(self) -> int | None:
+        return self.step.block
 
     @property
     def values(self) -> list[Value]:
@@ -218,7 +222,7 @@ class Builder:
         mark = KINDS.index(label or self._step.label)
         operands, sizes = tuple(operands), tuple(int(size) for size in sizes)
         assert len(operands) <= R.MOST_OPERANDS and len(sizes) <= R.MOST_SIZES
-        self.calls.append(Call(op, operands, sizes, mark, self._step.block, values, forward=self._forward))
+        self.calls.append(Call(op, operands, sizes, mark, self._step, values, forward=self._forward))
 
     # --- the passes ---
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -18,5 +17,3 @@ class Shape:
     ff_width: int
     bias: bool = True
     family: str = "gpt2"
-
-    DEFAULTS: ClassVar[dict[str, Any]] = {"bias": True, "family": "gpt2"}

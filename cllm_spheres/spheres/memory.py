@@ -148,6 +148,15 @@ class Regions:
         self.stride = flat
         self.total = place(0, PAGE)
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for; they add up to `total`."""
+        return {
+            "control words, norms, redo slots": self.params, "weights": self.moments - self.params,
+            "moments": self.gradient - self.moments, "sum of the segments": self.packed - self.gradient,
+            "packed weights": self.segments - self.packed, "segments": self.total - self.segments,
+        }  # fmt: skip
+
 
 class SharedMemory:
     """The mapped file. `words`, `floats`, `doubles` give numpy views, `address` what the kernels take."""

@@ -322,10 +322,7 @@ def newest_checkpoint(run: Path, config: Config, data: str) -> tuple[Checkpoint 
     found = checkpoint.state | {"layout": layout_of(checkpoint.state)}
     may_differ = ("steps",) if found.get("steps") == config.steps else ("steps", "warmup")
     for key, value in made_with(config, data).items():
-        there = found.get(key)
-        if key == "layout" and isinstance(there, dict):
-            there = Shape.DEFAULTS | there  # of before a field was there
-        if key not in may_differ and (key in found or key in ALWAYS_THERE) and there != value:
+        if key not in may_differ and (key in found or key in ALWAYS_THERE) and found.get(key) != value:
             raise InputError(
                 f"{run / 'config.toml'} says {key} {value}, but {checkpoint.path} was made with"
                 f" {shown(found.get(key))}. Set it back, or begin a new run."

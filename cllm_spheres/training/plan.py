@@ -168,10 +168,16 @@ def fit(job: Job, recompute: str) -> Job:
     return next((one for one in jobs if memory_bytes(one) <= available), jobs[-1])
 
 
-def memory_bytes(job: Job) -> int:
-    """What this job takes: the shared memory, each worker's own, and in training a copy of what is being saved."""
+def memory_parts(job: Job) -> dict[str, int]:
+    """Bytes that this job takes: the shared memory, in training a copy of what is being saved, each worker's own."""
     copy = job.layout.size * 4 * (3 if job.sizes.has_squares else 2) if job.trains else 0
-    return Regions(job.sizes).total + copy + job.workers * (job.arena_bytes + WORKER_BYTES)
+    own = {"arenas of the workers": job.workers * job.arena_bytes, "processes": job.workers * WORKER_BYTES}
+    return Regions(job.sizes).parts | {"copy that is being saved": copy} | own
+
+
+def memory_bytes(job: Job) -> int:
+    """All that this job takes."""
+    return sum(memory_parts(job).values())
 
 
 def check_memory(job: Job, *, resume: bool) -> None:
