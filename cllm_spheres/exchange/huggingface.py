@@ -30,8 +30,8 @@ def export_huggingface(source: Source, target: Path, dtype: str, force: bool) ->
     check_folder(target, NAMES, force)
     eot = source.tokenizer.eot
     dropout = source.checkpoint.config.get("resid_pdrop", 0.0) if source.checkpoint else 0.0
-    config = family_of(source.shape).files.config(source.shape, eot, dropout)
-    config.pop("bias", None)  # a word of ours
+    files = family_of(source.shape).files
+    config = files.config(files.stored(source.shape), eot, dropout)
     config |= {"pad_token_id": eot, "dtype": TORCH[dtype], "torch_dtype": TORCH[dtype]}
     weights = {t.huggingface: narrow(t.name, values, dtype) for t, values in stored_tensors(source)}
     file = tensors.File(weights, SAFETENSORS)

@@ -110,10 +110,3 @@ class Layout:
             if tensors[name].shape != view.shape:
                 raise ValueError(f"{name} has shape {tensors[name].shape}, expected {view.shape}")
             view[...] = tensors[name]
-
-
-def tensor_shapes(shape: Shape) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Until exchange/ reads the description: the tensors that decay, and the others."""
-    tensors = tensors_of(shape)
-    matrices, vectors = ({t.name: t.shape for t in tensors if t.decays == decays} for decays in (True, False))
-    return matrices, vectors

@@ -65,7 +65,9 @@ shapes = st.builds(
 @given(shapes, st.integers(1, 40), st.sampled_from([0.0, 0.1]), st.sampled_from(dtypes.DTYPES))
 def test_the_values_of_a_program_lie_apart_in_every_mode(shape, largest_shard, dropout, dtype):
     layout = Layout(shape)
-    for purpose, mode in [("train", mode) for mode in RECOMPUTE] + [("evaluate", "none"), ("logits", "none")]:
+    wanted = [("train", mode) for mode in RECOMPUTE] + [("evaluate", "none")]
+    wanted += [("logits", "none")] if dtype == "fp32" else []
+    for purpose, mode in wanted:
         options = dict(largest_shard=largest_shard, dropout=dropout)
         found = program(layout, dtype, recompute=mode, purpose=purpose, **options)
         assert 1 <= found.sequences <= largest_shard

@@ -31,14 +31,15 @@ _ARITHMETIC: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def huggingface_config(shape: Shape, eot: int, dropout: float = 0.0) -> dict[str, Any]:
-    """config.json of a GPT-2 with this shape; `bias` is ours, other tools have biases always."""
+    """config.json of a GPT-2 with this shape. Other tools have biases always: that there are none is a word of ours."""
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": shape.vocab_size,
         "n_positions": shape.block_size, "n_ctx": shape.block_size, "n_embd": shape.width,
         "n_layer": shape.layers, "n_head": shape.heads, "n_inner": shape.ff_width,
         "activation_function": "gelu_new", "layer_norm_epsilon": EPSILON, "tie_word_embeddings": True,
-        "bias": shape.bias, "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32",
+        "bos_token_id": eot, "eos_token_id": eot, "torch_dtype": "float32",
         "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
+        **({} if shape.bias else {"bias": False}),
     }  # fmt: skip
 
 
