@@ -142,6 +142,6 @@ def test_a_second_entry_of_one_name_is_an_error_and_not_a_replacement():
         return 2 * x
 
     first = jit.entry(signature)(twice)
-    with pytest.raises(ValueError, match="there are two entries tests_crystal_test_jit_test_a_second_entry.*twice"):
+    with pytest.raises(ValueError, match=r"there are two entries tests_crystal_test_jit_test_a_second_entry.*twice"):
         jit.entry(signature)(twice)
     assert first.call(4) == 8
