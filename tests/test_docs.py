@@ -23,12 +23,14 @@ from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.program import program
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.memory import Regions, Sizes
+from tests.runs import command_here
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*.md")])
 COMMAND = Path(sys.executable).parent / "cllm-spheres"
 TIMEOUT_S = 120  # of one command; the slowest compiles the kernels
+PROCESSES = ("train", "eval", "bench", "doctor", "chat")  # commands that start some
 SHORT = ["--steps", "4", "--eval-tokens", "256"]  # what a document's training is cut to
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -246,7 +248,7 @@ def environment(tmp_path_factory):
     if CACHE_FOLDER.parent.name == "kernels":
         (cache / "cllm-spheres").mkdir()
         (cache / "cllm-spheres/kernels").symlink_to(CACHE_FOLDER.parent)
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": "120"}
+    return {"XDG_CACHE_HOME": str(cache), "COLUMNS": "120"}
 
 
 @pytest.fixture
@@ -258,29 +260,56 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(words, cwd, environment, expected=0):
-    words = [str(COMMAND), *words[1:]] if words[0] == "cllm-spheres" else words
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == expected, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Words of a training -> its run: documents begin with the same one."""
+    return {}
+
+
+def run(words, cwd, environment):
+    """What a command prints: commands that start processes of their own are called as a person does."""
+    if words[0] == "cllm-spheres" and (words[1] not in PROCESSES or "--help" in words):
+        done = command_here(*words[1:], cwd=cwd, env=environment)
+    else:
+        words = [str(COMMAND), *words[1:]] if words[0] == "cllm-spheres" else words
+        done = subprocess.run(
+            words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+def run_once(words, cwd, environment, trained, place):
+    """The same; a training that another document has begun with is copied."""
+    key = tuple(word.rstrip("/") for word in words)
+    if key[:4] != ("cllm-spheres", "train", "books", "--run"):
+        run(words, cwd, environment)
+    elif key in trained:
+        shutil.copytree(trained[key], cwd / key[4], symlinks=True)
+    else:
+        run(words, cwd, environment)
+        trained[key] = place / "run"
+        shutil.copytree(cwd / key[4], trained[key], symlinks=True)
+
+
 def shortened(words):
-    """A training that ends soon; the smallest preset stays as it is."""
+    """A command that ends soon, on books/ where it names no text; the smallest preset stays as it is."""
+    if words[:3] == ["cllm-spheres", "bench", "faults"]:
+        return [*words, "--preset", "minimal", "--steps", "2000", "--kills", "2"]
     if words[:2] != ["cllm-spheres", "train"] or "minimal" in words:
         return words
     if "--resume" in words:
         return [*words, "--steps", "6"] if "--steps" in words else words
-    return [*words, *SHORT]
+    return [*words[:2], *(["books"] if words[2].startswith("--") else []), *words[2:], *SHORT]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)], ids=lambda path: path.name)
-def test_the_commands_run(path, folder, environment):
+def test_the_commands_run(path, folder, environment, trained, tmp_path_factory):
     for words in commands(path):
         assert words[0] in ("cllm-spheres", "cmp", "make", "pip"), words
         if words[0] in ("cllm-spheres", "cmp"):
-            run(shortened(words), folder, environment)
+            run_once(shortened(words), folder, environment, trained, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.slow
@@ -295,10 +324,10 @@ def test_the_library_example_runs(folder, environment):
 
 @pytest.mark.slow
 def test_a_run_writes_the_fields_that_are_documented(folder, environment):
-    train = ["cllm-spheres", "train", "--preset", "minimal", "--run", "run", "--plain", "--eval-every", "500"]
-    # long enough that the spheres are sampled, about once a second
-    run([*train, "--batch-size", "64", "--steps", "12000", "--stop-at", "10000"], folder, environment)
-    run(["cllm-spheres", "train", "--resume", "--run", "run", "--steps", "10100"], folder, environment)
+    train = shlex.split("train --preset minimal --run run --plain --eval-every 20 --steps 60 --stop-at 50")
+    # one slow step makes it last longer than the second after which the spheres are sampled
+    run(["cllm-spheres", *train, "--fault", "gather:30:1:slow"], folder, environment)
+    run(shlex.split("cllm-spheres train --resume --run run --steps 70"), folder, environment)
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     for kind in ("step", "eval", "spheres"):
         found = {frozenset(record) for record in records if record["kind"] == kind}
