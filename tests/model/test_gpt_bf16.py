@@ -45,7 +45,7 @@ def test_the_loss_falls_along_the_gradient_as_the_gradient_says(whole, name, kin
     inputs_BT, targets_BT = model.batch(3)
     start_P = model.params_P.copy()
     targets = Soft(kind, model.shape.vocab_size, rng) if kind else None
-    soft = (targets.address if targets else 0, 0)
+    soft = targets.address if targets else 0
     _, segment_P = model.shard(inputs_BT, targets_BT, 1 / inputs_BT.size, soft=soft)
     slope = np.linalg.norm(segment_P.astype(float))
     step = 0.05 / slope  # along the gradient the loss moves by 5 % of a nat, to either side

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.model import dtypes, geometry_bf16
+from cllm_spheres.model import dtypes
 from cllm_spheres.model.shape import Shape
 from tests.kernels.bf16.twins import UNWRITTEN, form_of, padded
+from tests.model.conftest import DTYPES
+
+pytestmark = list(DTYPES[1].marks)
 
 SHAPES = {
     "round": Shape(vocab_size=64, block_size=16, layers=2, heads=2, width=64, ff_width=128),
@@ -26,36 +29,48 @@ def spread(matrix, row_group, column_group):
     return out.reshape(rows * padded(row_group), -1)
 
 
+def groups_of_all(shape):
+    """The sizes of the groups that each matrix's rows and columns come in."""
+    d, c, f = shape.width // shape.heads, shape.width, shape.ff_width
+    groups = {"wte.weight": (shape.vocab_size, c)}
+    for layer in range(shape.layers):
+        groups[f"h.{layer}.attn.c_attn.weight"] = c, d
+        groups[f"h.{layer}.attn.c_proj.weight"] = d, c
+        groups[f"h.{layer}.mlp.c_fc.weight"] = c, f
+        groups[f"h.{layer}.mlp.c_proj.weight"] = f, c
+    return groups
+
+
 def forms_of_all(model):
-    """The packed weights as they must be: pairs and flipped of each layer's matrices, then of the embedding."""
-    s, p = model.shape, model.parameters
-    d, c, f = s.width // s.heads, s.width, s.ff_width
-    matrices = []
-    for layer in range(s.layers):
-        matrices += [
-            spread(p[f"h.{layer}.attn.c_attn.weight"], c, d),
-            spread(p[f"h.{layer}.attn.c_proj.weight"], d, c),
-            spread(p[f"h.{layer}.mlp.c_fc.weight"], c, f),
-            spread(p[f"h.{layer}.mlp.c_proj.weight"], f, c),
-        ]
-    matrices.append(spread(p["wte.weight"], s.vocab_size, c))
-    return np.concatenate([form_of(form, matrix) for matrix in matrices for form in ("pairs", "flipped")])
+    """The packed weights as they must be: of each matrix its pairs and its flipped form, where the packing says."""
+    packing, groups = dtypes.packing(model.layout, "bf16"), groups_of_all(model.shape)
+    assert packing.places.keys() == groups.keys()
+    packed = np.full(packing.size_bytes // 2, UNWRITTEN, np.uint16)
+    written = np.zeros(packed.size, np.int64)
+    for name, places in packing.places.items():
+        matrix = spread(model.parameters[name], *groups[name])
+        for form, place in zip(("pairs", "flipped"), places, strict=True):
+            where = slice(place // 2, place // 2 + matrix.size)
+            packed[where] = form_of(form, matrix)
+            written[where] += 1
+    assert (written == 1).all()  # the places neither overlap nor leave gaps
+    return packed
 
 
 class Packing:
     """A model's packed weights, unwritten at first, with margins."""
 
     def __init__(self, model):
-        self.model = model
-        size_bytes, self.units = dtypes.packed_sizes(model.layout, "bf16")
-        self.whole = np.full(size_bytes // 2 + 2 * MARGIN, UNWRITTEN, np.uint16)
+        self.model, self.packing = model, dtypes.packing(model.layout, "bf16")
+        self.units = self.packing.units + self.packing.frozen_units
+        self.whole = np.full(self.packing.size_bytes // 2 + 2 * MARGIN, UNWRITTEN, np.uint16)
         self.packed = self.whole[MARGIN:-MARGIN]
 
     def pack(self, units):
-        card, params_P = self.model.card.array, self.model.params_P
+        params_P, frozen_P = self.model.params_P, self.model.frozen_P
         for unit in units:
-            self.model.entries.pack_unit.call(
-                card.ctypes.data, params_P.ctypes.data, self.packed.ctypes.data, int(unit)
+            self.packing.entry.call(
+                self.packing.address, params_P.ctypes.data, frozen_P.ctypes.data, self.packed.ctypes.data, int(unit)
             )
         assert (self.whole[:MARGIN] == UNWRITTEN).all() and (self.whole[-MARGIN:] == UNWRITTEN).all()
         return self.packed
@@ -69,7 +84,6 @@ def model(whole, request):
 def test_every_unit_once_gives_both_forms_of_every_matrix_and_writes_nothing_else(model):
     packing = Packing(model)
     expected = forms_of_all(model)
-    assert packing.packed.size == expected.size and geometry_bf16.packed(model.layout).units == packing.units
     assert (packing.pack(range(packing.units)) == expected).all()
 
 
@@ -88,6 +102,25 @@ def test_no_two_units_write_the_same_bytes_and_together_they_write_all(model):
     for unit in range(packing.units):
         times += Packing(model).pack([unit]) != UNWRITTEN
     assert (times == 1).all()
+
+
+def test_units_of_trained_matrices_come_first_and_only_those_of_frozen_ones_read_frozen_parameters(whole):
+    frozen = {"wte.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_fc.weight", "h.1.mlp.c_fc.bias"}
+    model = whole(SHAPES["odd"], dtype="bf16", frozen=frozenset(frozen))
+    expected = forms_of_all(model)
+    packing = Packing(model)
+    trained, all_units = packing.packing.units, packing.units
+    assert 0 < trained < all_units
+    assert (packing.pack(range(all_units)) == expected).all()
+    model.frozen_P[:] = np.nan
+    packing.packed[:] = UNWRITTEN
+    packing.pack(range(trained))
+    places = packing.packing.places
+    ends = {name: 2 * flipped - pairs for name, (pairs, flipped) in places.items()}
+    for name, (pairs, _) in places.items():
+        found = packing.packed[pairs // 2 : ends[name] // 2]
+        wanted = UNWRITTEN if name in frozen else expected[pairs // 2 : ends[name] // 2]
+        assert (found == wanted).all(), name
 
 
 def test_what_lies_between_the_tensors_is_not_read(model):

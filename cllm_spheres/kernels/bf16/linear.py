@@ -11,7 +11,7 @@ from numba import types
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import f4, floats, integers
 from cllm_spheres.kernels.bf16.multiply import B_BYTES, block_row, product
-from cllm_spheres.kernels.bf16.rows import gelu_backward_tile, gelu_tiles, round_tile
+from cllm_spheres.kernels.bf16.rows import gelu_backward_tile, gelu_tile, gelu_tiles, round_tile
 from cllm_spheres.kernels.bf16.sizes import SWEEP
 from cllm_spheres.kernels.bf16.tiles import TILE, columns_of, line_of, pairs_of, round_part, round_row, widen_row
 from cllm_spheres.kernels.dropout import dropout
@@ -74,7 +74,7 @@ def project(ending, m, n, inner, a, b, bias, first, second, columns, scratch, ke
     All but counts are addresses; bias 0: none. columns: of a row of what is written, padded for forms. Endings:
 
     TO_ROWS       first = rows form of it
-    TO_GELU       first = rows form of it, second = rows form of its GELU
+    TO_GELU       first = rows form of it, second = rows form of the GELU of that
     TO_RESIDUAL   second = first + dropout(it), float32; keys: uint64, of the sequences, each `length` padded rows
     THROUGH_GELU  second = rows form of it * gelu'(first); its column sums are added to float32 `keys`,
                   which has room for padded columns
@@ -119,6 +119,13 @@ def rows_of(x_MC, form, columns):
             round_row(source, line, whole, TILE)
         if rest > 0:
             round_part(source + 128 * whole, line + whole * TILE, rest)
+
+
+@kernel
+def gelu_of(before, count, after):
+    """rows form of the GELU of `count` bfloat16s in rows form, as TO_GELU leaves it."""
+    for at in range(0, 2 * count, TILE):
+        gelu_tile(before + at, after + at)
 
 
 @kernel

@@ -9,7 +9,7 @@ from numba import types
 
 from cllm_spheres.crystal import lanes as L
 from cllm_spheres.crystal.lanes import each, exp, load, spread, store, total, vectorised
-from cllm_spheres.kernels.bf16.tiles import LINE, TILE, load_line, store_line
+from cllm_spheres.kernels.bf16.tiles import LINE, TILE, load_line, rounded, store_line
 from cllm_spheres.kernels.gelu import gelu_lanes, gelu_slope_lanes
 
 _i8, _f4 = types.int64, types.float32
@@ -54,11 +54,11 @@ def round_tile(b, source, step, tile):
 
 @vectorised(_i8, _i8, _i8, _i8)
 def gelu_tiles(b, source, step, before, after):
-    """before = the rows, after = their GELU, both tiles."""
+    """before = the rows, after = the GELU of before, both tiles: so `gelu_tile` can compute it again from before."""
     with _lines(b) as loop:
         x = [load(b, source, at) for at in _row_halves(b, loop, step)]
         store_line(b, x, before, _line(b, loop))
-        store_line(b, [gelu_lanes(y) for y in x], after, _line(b, loop))
+        store_line(b, [gelu_lanes(y) for y in rounded(b, x)], after, _line(b, loop))
 
 
 @vectorised(_i8, _i8)

@@ -77,6 +77,13 @@ def _line(b, halves):
     return b.bitcast(b.call(convert, [halves[1].value, halves[0].value]), _words32)
 
 
+def _widened(b, words):
+    """The words of a line -> two times 16 float32."""
+    sixteen = ir.Constant(WORDS, [16] * 16)
+    parts = (_shuffle(b, words, words, list(range(16 * half, 16 * half + 16))) for half in range(2))
+    return [Lanes(b, b.bitcast(b.shl(b.zext(part, WORDS), sixteen), FLOATS)) for part in parts]
+
+
 def store_line(b, halves, address, offset):
     """Two times 16 float32 -> a line of 32 bfloat16 at address + offset bytes."""
     _store(b, _line(b, halves), address, offset)
@@ -84,10 +91,12 @@ def store_line(b, halves, address, offset):
 
 def load_line(b, address, offset):
     """A line -> two times 16 float32."""
-    words = _load(b, address, offset, _words32)
-    sixteen = ir.Constant(WORDS, [16] * 16)
-    parts = (_shuffle(b, words, words, list(range(16 * half, 16 * half + 16))) for half in range(2))
-    return [Lanes(b, b.bitcast(b.shl(b.zext(part, WORDS), sixteen), FLOATS)) for part in parts]
+    return _widened(b, _load(b, address, offset, _words32))
+
+
+def rounded(b, halves):
+    """Two times 16 float32 as they are once they have been in a line."""
+    return _widened(b, _line(b, halves))
 
 
 @vectorised(*[_int64] * 4)

@@ -15,13 +15,12 @@ from cllm_spheres.kernels import trace as K
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers, matrix, tokens
 from cllm_spheres.kernels.bf16.attention import attention_forward as forward_of_attention
 from cllm_spheres.kernels.bf16.head import head_loss, head_loss_backward
-from cllm_spheres.kernels.bf16.linear import TO_GELU, TO_RESIDUAL, TO_ROWS, project, turn
+from cllm_spheres.kernels.bf16.linear import TO_GELU, TO_RESIDUAL, TO_ROWS, gelu_of, project, turn
 from cllm_spheres.kernels.bf16.multiply import begin as take_registers
 from cllm_spheres.kernels.bf16.multiply import end as give_registers_back
 from cllm_spheres.kernels.bf16.norm import layernorm_rows
-from cllm_spheres.kernels.bf16.rows import gelu_tile
 from cllm_spheres.kernels.bf16.sizes import SWEEP
-from cllm_spheres.kernels.bf16.tiles import TILE, padded, padded_groups
+from cllm_spheres.kernels.bf16.tiles import padded, padded_groups
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import record as R
 from cllm_spheres.model.ops.bf16_backward import attention_backward as attention_backward
@@ -132,9 +131,7 @@ def linear_forward(record, registers):
 def activate(record, registers):
     """before in rows -> its GELU in rows. Sizes: C padded."""
     r, g = opened(record, registers)
-    before, out = operand(r, g, 0), operand(r, g, 1)
-    for at in range(0, 2 * g[R.ROWS] * size(r, 0), TILE):
-        gelu_tile(before + at, out + at)
+    gelu_of(operand(r, g, 0), g[R.ROWS] * size(r, 0), operand(r, g, 1))
     return 0
 
 

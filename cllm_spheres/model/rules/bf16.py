@@ -47,7 +47,7 @@ def packing(layout: Layout) -> Packing:
             matrices[step.weight] = step.x.width, step.out.width, step.x.group, step.out.group
         elif isinstance(step, Head):
             matrices[step.weight] = layout.shape.vocab_size, step.x.width, layout.shape.vocab_size, step.x.group
-    table, places = [len(matrices)], {}
+    table, places = [len(matrices)], dict[str, tuple[int, ...]]()
     end, units = 0, [0, 0]
     for frozen, tensors in enumerate((layout.tensors, layout.frozen_tensors)):
         for tensor in tensors:
