@@ -74,11 +74,12 @@ def model(
 
 def _job(name: str, given: dict[str, Any]) -> Job:
     """The job of a preset, or of a run as its config.toml or its model has it, with what the user gave."""
-    from cllm_spheres.config import build, merge
+    from dataclasses import asdict, replace
+
+    from cllm_spheres.config import Config, build, merge
     from cllm_spheres.doctor.needs import job_of, plan
     from cllm_spheres.errors import InputError, nearest
     from cllm_spheres.exchange.source import open_source
-    from cllm_spheres.training.beginning import with_model
     from cllm_spheres.training.folder import CONFIG_TOML, read_config
 
     if name in PRESETS:
@@ -89,7 +90,9 @@ def _job(name: str, given: dict[str, Any]) -> Job:
         return job_of(config, {"batch_size", "spheres", *given})
     if not path.is_dir():
         raise InputError(f"{name} is no folder and no preset: {nearest(name, PRESETS)}")
-    return job_of(with_model(*merge(given), open_source(path))[0], set(given))
+    shape = open_source(path).shape
+    sizes = {key: value for key, value in asdict(shape).items() if key in Config.model_fields}
+    return replace(job_of(build(merge(given)[0].model_dump() | sizes), set(given)), shape=shape)
 
 
 def _calls(found: list[Part]) -> Table:

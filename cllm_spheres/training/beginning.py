@@ -14,6 +14,8 @@ from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.config import Config, build, flag
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.exchange.source import Source, open_source
+from cllm_spheres.model.families import FAMILIES
+from cllm_spheres.model.shape import Shape
 
 # A field of Config that the model decides; block_size may be less than the model's.
 DECIDED = ("layers", "heads", "width", "ff_width", "bias", "vocab_size")
@@ -22,8 +24,12 @@ DECIDED = ("layers", "heads", "width", "ff_width", "bias", "vocab_size")
 def with_model(config: Config, given: set[str], source: Source) -> tuple[Config, Source]:
     """The configuration with the model's shape, and the model cropped to the block that was asked for.
 
-    given: the options that the user set himself. InputError where one contradicts the model, with both numbers.
+    given: the options that the user set himself. InputError where one contradicts the model, with both numbers, or
+    where the model is of a family that no configuration can name.
     """
+    if source.shape.family != Shape.family:
+        kinds = [FAMILIES[family].title for family in (source.shape.family, Shape.family)]
+        raise InputError(f"{source.path} is a {kinds[0]}, and train makes a {kinds[1]}: it can be read, not trained.")
     decided = {name: value for name, value in asdict(source.shape).items() if name in DECIDED}
     decided["tokenizer"] = source.tokenizer.kind
     for name, value in decided.items():

@@ -25,6 +25,7 @@ from cllm_spheres.model.program import RECOMPUTE
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.text.tokenizer import ByteTokenizer
+from tests.runs import command_here
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/models.md"
 USABLE = [dtype for dtype in DTYPES if usable(dtype) == dtype]
@@ -171,6 +172,19 @@ def test_its_checkpoints_and_files_go_out_and_come_back(run, tmp_path):
         assert found[name].tensor_type.name == "F16"
         np.testing.assert_allclose(found[name].data.reshape(values.shape), values, rtol=2**-11, atol=2**-25)
     assert found["position_embd.weight"].tensor_type.name == "F32"
+
+
+def test_its_program_is_shown_and_train_refuses_what_a_configuration_cannot_name(run, tmp_path):
+    shown = command_here("model", "run", "--dtype", "fp32", cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stdout.startswith(f"run: a Plain of {Layout(SHAPE).num_parameters:,} ")
+    rows = [line.split()[:2] for line in shown.stdout.splitlines() if line.startswith("  ")]
+    assert [row[0] for row in rows][:8] == [
+        "embed_forward", "norm_forward", "linear_forward", "linear_forward", "norm_forward", "linear_forward",
+        "attention_forward", "linear_forward",
+    ]  # fmt: skip
+    (tmp_path / "text.txt").write_text("The spheres turn. " * 50)
+    refused = command_here("train", "text.txt", "--from", "run", cwd=tmp_path)
+    assert refused.returncode == 2 and "is a Plain, and train makes a GPT-2" in refused.stderr
 
 
 def test_it_writes_the_text_of_its_logits(run):
