@@ -92,7 +92,9 @@ def repeat_head(times, x_NC, wte_VC, targets_N, scale, logits_RV, dx_NC, dwte_VC
     state = flush_subnormals()
     loss = 0.0
     for _ in range(times):
-        loss = head_loss_backward(x_NC, wte_VC, targets_N, scale, 0, logits_RV, dx_NC, dwte_VC, False, scratch)[0]
+        loss = head_loss_backward(
+            x_NC, wte_VC, targets_N, scale, 0, logits_RV, dx_NC.ctypes.data, dwte_VC.ctypes.data, False, scratch
+        )[0]
     restore(state)
     return loss
 
