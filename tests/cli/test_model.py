@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,10 @@ def test_a_run_and_a_model_folder_have_their_own_sizes(tmp_path):
 
 def test_the_tour_shows_the_table_of_its_command(tmp_path):
     tour = (Path(__file__).parents[2] / "docs/tour.md").read_text()
-    command, shown = re.search(r"^\$ cllm-spheres model (.*)\n```\n+```text\n(.*?)```", tour, re.S | re.M).groups()
+    command, shown = re.search(r"^\$ cllm-spheres model (.*)\n```\n((?:\n|    .*\n)+)", tour, re.M).groups()
+    shown = textwrap.dedent(shown).strip()
     done = command_here("model", *command.split(), cwd=tmp_path)
-    assert done.stdout.startswith(shown.rstrip() + "\n\nmemory of a training")
+    assert done.stdout.startswith(shown + "\n\nmemory of a training")
 
 
 @pytest.mark.parametrize(
