@@ -243,7 +243,7 @@ def documented_fields(kind):
 
 # ---- code
 
-LANGUAGES = {"console", "sh", "python", "ini"}  # ini: the units for systemd, above
+LANGUAGES = {"console", "sh", "python", "ini", "text"}  # ini: the units for systemd, above; text: what was printed
 NOT_RUN = {
     "make": "installs, or runs all tests",
     "pip": "installs",
