@@ -7,6 +7,7 @@ gather(W)  bytes(S) / bandwidth(W), with the gather's own bandwidth; update and 
 bandwidth  "grows": W times that of one core; "stays": never more than all cores of this machine reached
 B          barriers of a step: 3, or 4 with packing
 barrier(W) a + b W, least squares over the measured latencies; where workers outnumbered cores these are too long
+It leaves out that cores share caches and clock, and the memory of several sockets.
 """
 
 from __future__ import annotations

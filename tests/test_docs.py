@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +25,13 @@ from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.program import program
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.memory import Regions, Sizes
-from tests.runs import command_here
+from tests.web.served import Served
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*.md")])
 COMMAND = Path(sys.executable).parent / "cllm-spheres"
 TIMEOUT_S = 120  # of one command; the slowest compiles the kernels
-PROCESSES = ("train", "eval", "bench", "doctor", "chat")  # commands that start some
 SHORT = ["--steps", "4", "--eval-tokens", "256"]  # what a document's training is cut to
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -46,13 +47,24 @@ def blocks(path, language):
 
 def commands(path):
     """The commands that a document shows, without their comments, as lists of words."""
-    lines = "".join(blocks(path, "console")).splitlines()
-    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+    typed = [line[2:] for line in joined(blocks(path, "console")) if line.startswith("$ ")]
+    split = [shlex.split(line, comments=True) for line in [*typed, *joined(blocks(path, "sh"))]]
+    return [words for words in split if words]
+
+
+def joined(texts):
+    """The lines of blocks; one that ends with a backslash goes on in the next."""
+    return "".join(texts).replace("\\\n", " ").splitlines()
 
 
 def codes(path):
     """What stands between single backticks, without the fenced blocks."""
-    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE))
+    return re.findall(r"`([^`]+)`", unfenced(path))
+
+
+def unfenced(path):
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(path), flags=re.DOTALL | re.MULTILINE)
 
 
 def rows(text):
@@ -118,10 +130,7 @@ def test_the_names_of_the_code_are_real(path):
 
 @by_name
 def test_the_options_that_are_named_exist(path):
-    from cllm_spheres_cli.app import app
-    from typer.main import get_command
-
-    known, group = {"--help"}, get_command(app)
+    known, group = {"--help"}, command_line()
     for command in (group, *group.commands.values()):
         for each in (command, *getattr(command, "commands", {}).values()):
             for parameter in each.params:
@@ -150,9 +159,6 @@ def test_what_the_readme_installs_is_an_extra():
 
 @pytest.mark.parametrize(("path", "command"), [("docs/operations.md", "train"), ("docs/serving.md", "serve")])
 def test_the_unit_for_systemd_can_be_enabled_as_it_is_printed(tmp_path, path, command):
-    from cllm_spheres_cli.app import app
-    from typer.main import get_command
-
     (unit,) = blocks(ROOT / path, "ini")
     parsed = configparser.ConfigParser(interpolation=None)
     parsed.optionxform = str
@@ -163,7 +169,7 @@ def test_the_unit_for_systemd_can_be_enabled_as_it_is_printed(tmp_path, path, co
     assert service["Environment"] == f"XDG_CACHE_HOME=/var/cache/{service['CacheDirectory']}"
     words = shlex.split(service["ExecStart"])
     assert words[0] == "/opt/cllm/bin/cllm-spheres" and words[1] == command
-    get_command(app).commands[command].make_context(command, words[2:])  # its options are real
+    command_line().commands[command].make_context(command, words[2:])  # its options are real
     if shutil.which("systemd-analyze"):
         (tmp_path / "cllm.service").write_text(unit.replace(words[0], shutil.which("true")))
         verify = ["systemd-analyze", "verify", str(tmp_path / "cllm.service")]
@@ -236,7 +242,59 @@ def documented_fields(kind):
     return {bare(cells[0]) for cells in rows(re.split(r"`kind` is |Some have", text)[0]) if cells[0] != "field"}
 
 
-# ---- commands
+# ---- code
+
+LANGUAGES = {"console", "sh", "python", "ini", "text"}  # ini: the units for systemd, above; text: what was printed
+NOT_RUN = {
+    "make": "installs, or runs all tests",
+    "pip": "installs",
+    "useradd": "needs root",
+    "systemctl": "needs root and systemd",
+    "srun": "needs Slurm",
+    "docker": "needs an image",
+    "cllm-spheres scale": "needs a run that goes on: tests/training/test_scale.py",
+}
+PYTHON_NEEDS = {"docs/models.md": "transformers"}  # which `make test` does not install: `make conformance` does
+PYTHON_CUTS = {  # what makes a document's training short
+    "README.md": {
+        "workers=2)": "workers=2, steps=4, eval_tokens=256)",
+        "quiet=True,": "quiet=True, steps=4, eval_tokens=256,",
+    }
+}
+PYTHON_CHECKS = {
+    "README.md": "assert loss > 0 and logits.shape[0] == 3 and gradients.keys() == model.parameters.keys()",
+    "docs/crystal.md": "assert abs(y - np.tanh(np.linspace(-3, 3, 1000))).max() < 1e-15 and z == 2**0.5",
+    "data/README.md": "assert len(ids) > 1000 and ids.max() < 4096",
+}
+TRAIN_BOOKS = ["cllm-spheres", "train", "books/", "--run", "runs/books"]
+
+
+@by_name
+def test_all_code_stands_in_blocks_that_are_run(path):
+    fences = re.findall(r"^```(.*)", text_of(path), re.MULTILINE)
+    assert set(fences[::2]) <= LANGUAGES and set(fences[1::2]) <= {""}
+    known = "|".join(command_line().commands)
+    code = rf"^    (?:\$ )?(?:cllm-spheres (?:{known})\b|import |from \w+ import).*"
+    indented = re.findall(code, unfenced(path), re.MULTILINE)
+    assert indented == []
+
+
+def command_line():
+    """The command `cllm-spheres` as click knows it."""
+    from cllm_spheres_cli.app import app
+    from typer.main import get_command
+
+    return get_command(app)
+
+
+def reason_against(words):
+    """Why a command is not run, else None."""
+    return NOT_RUN.get(words[0]) or NOT_RUN.get(" ".join(words[:2]))
+
+
+def has_code(path):
+    """Whether something of a document is run."""
+    return bool(blocks(path, "python")) or not all(map(reason_against, commands(path)))
 
 
 @pytest.fixture(scope="module")
@@ -248,86 +306,111 @@ def environment(tmp_path_factory):
     if CACHE_FOLDER.parent.name == "kernels":
         (cache / "cllm-spheres").mkdir()
         (cache / "cllm-spheres/kernels").symlink_to(CACHE_FOLDER.parent)
-    return {"XDG_CACHE_HOME": str(cache), "COLUMNS": "120"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A working folder with books/: some text of this project."""
-    (tmp_path / "books").mkdir()
-    for path in [*DOCUMENTS, *(ROOT / "cllm_spheres").rglob("*.py")]:
-        shutil.copy(path, tmp_path / "books" / path.relative_to(ROOT).as_posix().replace("/", "-"))
-    return tmp_path
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Words of a training -> its run: documents begin with the same one."""
-    return {}
+def library(tmp_path_factory):
+    """A folder with what the documents speak of: books/, which are these documents, and notes.txt."""
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "books").mkdir()
+    for path in DOCUMENTS:
+        shutil.copy(path, folder / "books" / path.relative_to(ROOT).as_posix().replace("/", "-"))
+    (folder / "notes.txt").write_text("A note.\n" * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(library, environment):
+    """The library with runs/books, by the command that most documents begin with: it is run once for all of them."""
+    run([*TRAIN_BOOKS, *SHORT], library, environment)
+    return library
+
+
+@pytest.fixture
+def folder(library, tmp_path):
+    """A working folder with the texts of the library."""
+    shutil.copytree(library, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs"))
+    return tmp_path
 
 
 def run(words, cwd, environment):
-    """What a command prints: commands that start processes of their own are called as a person does."""
-    if words[0] == "cllm-spheres" and (words[1] not in PROCESSES or "--help" in words):
-        done = command_here(*words[1:], cwd=cwd, env=environment)
-    else:
-        words = [str(COMMAND), *words[1:]] if words[0] == "cllm-spheres" else words
-        done = subprocess.run(
-            words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S
-        )
+    """A command in a process of its own."""
+    words = [str(COMMAND), *words[1:]] if words[0] == "cllm-spheres" else words
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+def run_all(words_of_all, python, cwd, environment):
+    """Commands, then Python code, in one process; what it printed."""
+    order = json.dumps({"commands": words_of_all, "python": python})
+    words = [sys.executable, str(ROOT / "tests/documents.py")]
+    done = subprocess.run(
+        words, input=order, cwd=cwd, env=environment, capture_output=True, text=True, timeout=10 * TIMEOUT_S
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def run_once(words, cwd, environment, trained, place):
-    """The same; a training that another document has begun with is copied."""
-    key = tuple(word.rstrip("/") for word in words)
-    if key[:4] != ("cllm-spheres", "train", "books", "--run"):
-        run(words, cwd, environment)
-    elif key in trained:
-        shutil.copytree(trained[key], cwd / key[4], symlinks=True)
-    else:
-        run(words, cwd, environment)
-        trained[key] = place / "run"
-        shutil.copytree(cwd / key[4], trained[key], symlinks=True)
-
-
 def shortened(words):
-    """A command that ends soon, on books/ where it names no text; the smallest preset stays as it is."""
+    """A command that ends soon; a training of the smallest preset stays as it is."""
     if words[:3] == ["cllm-spheres", "bench", "faults"]:
         return [*words, "--preset", "minimal", "--steps", "2000", "--kills", "2"]
     if words[:2] != ["cllm-spheres", "train"] or "minimal" in words:
         return words
     if "--resume" in words:
         return [*words, "--steps", "6"] if "--steps" in words else words
-    return [*words[:2], *(["books"] if words[2].startswith("--") else []), *words[2:], *SHORT]
+    return [*words, *SHORT]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if commands(path)], ids=lambda path: path.name)
-def test_the_commands_run(path, folder, environment, trained, tmp_path_factory):
+@by_name
+def test_commands_that_are_not_run_are_spelled_right(path):
     for words in commands(path):
-        assert words[0] in ("cllm-spheres", "cmp", "make", "pip"), words
-        if words[0] in ("cllm-spheres", "cmp"):
-            run_once(shortened(words), folder, environment, trained, tmp_path_factory.mktemp("trained"))
+        if reason_against(words) and "cllm-spheres" in words:
+            name, *rest = words[words.index("cllm-spheres") + 1 :]
+            command_line().commands[name].make_context(name, rest)
 
 
 @pytest.mark.slow
-def test_the_library_example_runs(folder, environment):
-    example = "\n".join(blocks(README, "python"))
-    short = example.replace("workers=2)", "workers=2, steps=4, eval_tokens=256)")
-    shorter = short.replace("quiet=True,", "quiet=True, steps=4, eval_tokens=256,")
-    assert example != short != shorter
-    (folder / "example.py").write_text(shorter + "\nassert loss > 0 and logits.shape[0] == 3 and gradients\n")
-    assert "import " in run([sys.executable, "example.py"], folder, environment)
+@pytest.mark.parametrize("path", list(filter(has_code, DOCUMENTS)), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_code_runs(path, folder, trained, environment):
+    todo = [words for words in commands(path) if not reason_against(words)]
+    serves = [words for words in todo if words[:2] == ["cllm-spheres", "serve"] and "--help" not in words]
+    if TRAIN_BOOKS in todo or serves:
+        shutil.copytree(trained / "runs", folder / "runs")
+    todo = [shortened(words) for words in todo if words != TRAIN_BOOKS and words not in serves]
+    python = python_of(path)
+    if not serves:
+        run_all(todo, python, folder, environment)
+        return
+    ((_, _, model),) = serves
+    with Served([folder / model], env=environment) as served:
+        todo = [[word.replace("http://127.0.0.1:8000", served.url) for word in words] for words in todo]
+        assert any(served.url in word for words in todo for word in words), "nothing asks the server"
+        said = run_all(todo, python.replace("http://127.0.0.1:8000", served.url), folder, environment)
+        assert "error" not in said
+    assert served.process.returncode == 128 + signal.SIGTERM, served.err
+
+
+def python_of(path):
+    """The Python of a document, its trainings cut short; nothing where it cannot be run here."""
+    name = path.relative_to(ROOT).as_posix()
+    python = "\n".join(blocks(path, "python"))
+    compile(python, name, "exec")
+    for long, short in PYTHON_CUTS.get(name, {}).items():
+        assert long in python
+        python = python.replace(long, short)
+    if name in PYTHON_NEEDS and importlib.util.find_spec(PYTHON_NEEDS[name]) is None:
+        return ""
+    return python + "\n" + PYTHON_CHECKS.get(name, "")
 
 
 @pytest.mark.slow
 def test_a_run_writes_the_fields_that_are_documented(folder, environment):
-    train = shlex.split("train --preset minimal --run run --plain --eval-every 20 --steps 60 --stop-at 50")
+    train = shlex.split("cllm-spheres train --preset minimal --run run --plain --eval-every 20 --steps 60 --stop-at 50")
     # one slow step makes it last longer than the second after which the spheres are sampled
-    run(["cllm-spheres", *train, "--fault", "gather:30:1:slow"], folder, environment)
-    run(shlex.split("cllm-spheres train --resume --run run --steps 70"), folder, environment)
+    resume = shlex.split("cllm-spheres train --resume --run run --steps 70")
+    run_all([[*train, "--fault", "gather:30:1:slow"], resume], "", folder, environment)
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     for kind in ("step", "eval", "spheres"):
         found = {frozenset(record) for record in records if record["kind"] == kind}
