@@ -142,6 +142,14 @@ def test_samples_and_seeds_differ_and_repeat(model):
     ]
 
 
+def test_a_model_that_only_writes_takes_no_memory_for_gradients():
+    fresh = random_model()
+    fresh.generate("ab", tokens=3)
+    assert not fresh._workspaces
+    fresh.logits([1])
+    assert fresh._workspaces.keys() == {"logits"}
+
+
 def test_a_prompt_longer_than_a_pass_is_read_in_parts(monkeypatch):
     model = random_model(block_size=24)
     ids, options = model.encode("the old man and the sea"), Options(tokens=5, logprobs=3, score_prompt=True)
