@@ -11,7 +11,7 @@ part = @printf '%s ...\n' "$(1)"; began=$$(date +%s); $(2) && echo "... done in 
 # The kernels that write are compiled beside the training, on what it leaves of the cores; `generate` compiles the rest.
 train: .venv/installed
 	@echo "Training a small model on the source text of Python's standard library; the kernels are compiled meanwhile ..."
-	@nice -n 19 $(BIN)/python -c "import cllm_spheres.inference.writer" 2>/dev/null & compiler=$$!; \
+	@nice -n 19 $(BIN)/python -c "import cllm_spheres.inference.ops, cllm_spheres.inference.writer" 2>/dev/null & compiler=$$!; \
 	trap 'kill $$compiler 2>/dev/null' EXIT INT TERM; \
 	$(BIN)/cllm-spheres train --preset small --steps 1500 || exit; kill $$compiler 2>/dev/null; \
 	echo "Writing with it:" && $(BIN)/cllm-spheres generate --prompt "def " --tokens 150 && \

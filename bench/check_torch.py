@@ -30,10 +30,10 @@ from cllm_spheres.kernels import blas
 from cllm_spheres.kernels import optimizer as ours
 from cllm_spheres.kernels.gather import clip_factor, gather_block, global_norm
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.description import Tensor
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.text.tokenizer import ByteTokenizer
 
 STEPS, CLIP, BETA1, BETA2, DECAY = 20, 2.0, 0.9, 0.95, 0.1

@@ -35,10 +35,10 @@ from cllm_spheres.exchange.export import export
 from cllm_spheres.inference.model import Model, load
 from cllm_spheres.inference.options import Options as Writing
 from cllm_spheres.inference.rules import strips_of
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.families import family_of
 from cllm_spheres.model.initialise import initial_tables, initialise_block
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.units import size as bytes_of
 
 GGUF_DTYPES = {"fp32": "f32", "bf16": "bf16"}

@@ -26,12 +26,12 @@ from cllm_spheres.kernels.optimizer import (
     DECISION_WORDS,
 )
 from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS, attention_floats, product_floats
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.description import Linear
 from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.rules.fp32 import head_rows, sequences_at_a_time
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import new_arena
 
 PRODUCTS, MODEL_PARTS, MEMORY = "products", "attention and head", "memory"
 SPHERES = 2  # as bench peers trains on two cores

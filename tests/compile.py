@@ -11,7 +11,7 @@ import sys
 
 from cllm_spheres.model import dtypes
 
-REST = "import cllm_spheres.spheres.engine, cllm_spheres.inference.writer"
+REST = "import cllm_spheres.spheres.engine, cllm_spheres.inference.ops, cllm_spheres.inference.writer"
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from cllm_spheres.kernels.sizes import ALIGN, TILE_COLUMNS
 from cllm_spheres.kernels.strips import pack_strips
 from cllm_spheres.machine import available_memory, usable_cores
 from cllm_spheres.model import record as R
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.units import plural, size
 
 DTYPES = ("fp32", "bf16")

@@ -19,7 +19,6 @@ from cllm_spheres.errors import InputError, shown
 from cllm_spheres.inference.options import check_prompt, is_whole, options_of
 from cllm_spheres.inference.weights import Weights
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.text.handed import as_folder
 from cllm_spheres.text.tokenizer import Tokenizer
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:  # they compile their kernels when they are imported: only tho
     from cllm_spheres.inference.beam import Beam
     from cllm_spheres.inference.many import Written
     from cllm_spheres.inference.writer import Writer
+    from cllm_spheres.model.workspace import Workspace
 
 Ids = npt.ArrayLike
 MOST_AT_ONCE = 32  # texts: more are hardly quicker, and each takes memory for its keys and values
@@ -181,6 +181,8 @@ class Model(Weights):
 
     def _workspace(self, purpose: str) -> Workspace:
         """The workspace for a purpose, with an arena from its first use on."""
+        from cllm_spheres.model.workspace import Workspace
+
         if purpose not in self._workspaces:
             self._workspaces[purpose] = Workspace(self.layout, self.params_P, purpose=purpose)
         return self._workspaces[purpose]

@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import new_arena
 from cllm_spheres.text.tokenizer import Tokenizer
 
 

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from cllm_spheres.kernels.sizes import ALIGN, PROGRESS_WORDS
+from cllm_spheres.kernels.sizes import PROGRESS_WORDS
 from cllm_spheres.model import dtypes
 from cllm_spheres.model import record as R
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.families import described
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.program import Program, program, state_streams
-
-
-def new_arena(floats: int) -> np.ndarray:
-    """float32 aligned to a cache line; its pages are taken as they are first written."""
-    buffer = np.empty(floats + ALIGN, np.float32)
-    start = -(buffer.ctypes.data // 4) % ALIGN
-    return buffer[start : start + floats]
 
 
 class Registers:
@@ -65,9 +59,10 @@ class Workspace:
 
     def pack(self) -> None:
         """The weights as they are now, in the form in which the dtype's products read them."""
-        words, entry = self.registers.words, self.packing.entry
-        for unit in range(self.packing.units + self.packing.frozen_units if entry else 0):
-            entry.call(self.packing.address, int(words[R.PARAMS]), int(words[R.FROZEN]), int(words[R.PACKED]), unit)
+        words, packing = self.registers.words, self.packing
+        if (entry := packing.entry) is not None:
+            for unit in range(packing.units + packing.frozen_units):
+                entry.call(packing.address, int(words[R.PARAMS]), int(words[R.FROZEN]), int(words[R.PACKED]), unit)
 
     def shard(
         self, inputs_BT: np.ndarray, targets_BT: np.ndarray, segment_P: np.ndarray, scale: float, *, key: int = 0,

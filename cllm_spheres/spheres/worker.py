@@ -16,10 +16,11 @@ from cllm_spheres.kernels.sizes import BLOCK, SLOT_FLOATS
 from cllm_spheres.kernels.soft_targets import card
 from cllm_spheres.model import dtypes
 from cllm_spheres.model import record as R
+from cllm_spheres.model.arena import new_arena
 from cllm_spheres.model.initialise import initial_tables
 from cllm_spheres.model.run import compute_shard
 from cllm_spheres.model.shape import Shape
-from cllm_spheres.model.workspace import Registers, new_arena
+from cllm_spheres.model.workspace import Registers
 from cllm_spheres.spheres import engine
 from cllm_spheres.spheres.context import Context
 from cllm_spheres.spheres.job import OPTIMIZERS, Job

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cllm_spheres.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH
 from cllm_spheres.errors import InputError, shown
 from cllm_spheres.model.description import Files
 from cllm_spheres.model.shape import Shape
@@ -14,11 +13,6 @@ EPSILON = 1e-5  # of the layer norms, as our kernels have it
 GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of the same formula, the one that our kernels compute
 MAX_VOCAB = 2**31
 
-# Sizes: key -> what a config.json without it means, the most that is taken.
-_SIZES = {
-    "vocab_size": (50257, MAX_VOCAB), "n_positions": (1024, MAX_TOKENS), "n_embd": (768, MAX_WIDTH),
-    "n_layer": (12, MAX_LAYERS), "n_head": (12, MAX_WIDTH),
-}  # fmt: skip
 # What changes the arithmetic: key -> what a config.json without it means, what our kernels compute.
 _ARITHMETIC: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "activation_function": ("gelu_new", GELUS),
@@ -52,9 +46,14 @@ def shape_of_config(config: dict[str, Any], where: str) -> Shape:
                 f"{where} has {key} {shown(value)}: only {' or '.join(map(repr, known))} is computed here, so its"
                 " logits would be others."
             )
+    from cllm_spheres.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH  # pydantic takes its time to import
+
     sizes = {}
-    for key, (size, most) in _SIZES.items():
-        sizes[key] = _size(config.get(key, size), key, most, where)
+    for key, default, most in (
+        ("vocab_size", 50257, MAX_VOCAB), ("n_positions", 1024, MAX_TOKENS), ("n_embd", 768, MAX_WIDTH),
+        ("n_layer", 12, MAX_LAYERS), ("n_head", 12, MAX_WIDTH),
+    ):  # fmt: skip
+        sizes[key] = _size(config.get(key, default), key, most, where)
     width, heads = sizes["n_embd"], sizes["n_head"]
     if width % heads:
         raise InputError(f"{where} has n_embd {width}, which n_head {heads} does not divide.")
