@@ -1,7 +1,8 @@
 """`cllm-spheres bench peers`: the same models trained by us and by PyTorch, in turn -> a table of ratios.
 
 For each size and dtype: a few seconds of every way to train in PyTorch find the best one; then ours and that one
-train in turn, A B A B, each time in processes of their own, from the same weights on the same batches.
+train in turn, A B A B, each time in processes of their own, from the same weights on the same batches. Ours may take
+part in several modes of recomputing (A1 A2 B A1 A2 B), each of which becomes a row of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 from cllm_spheres_bench import machine_peak, peers_report
 from cllm_spheres_bench.machine import facts, installed, results_folder, spread, write_results
-from cllm_spheres_bench.peer_torch import ATTENTIONS, GELUS, MODES, Variant
+from cllm_spheres_bench.peer_torch import MODES, Variant
+from cllm_spheres_bench.screening import fastest, num_measurements, screen
 from cllm_spheres_bench.sides import Inputs, Measured, make_inputs, our_side, their_side, watch
 from cllm_spheres_bench.sizes import SIZES, Size
 
@@ -33,7 +35,6 @@ from cllm_spheres.model.costs import flops_per_token
 from cllm_spheres.units import duration
 
 DTYPES = ("fp32", "bf16")
-FINALISTS = 2  # of the screening are measured twice
 COMPARED_STEPS = (1, 20)
 AGREE = {"fp32": 1e-3, "bf16": 2e-2}  # relative difference of the losses at those steps
 Side = AbstractContextManager[tuple[psutil.Popen, Path]]
@@ -51,6 +52,7 @@ class Options:
     workers: int | None = None
     spheres: int | None = None
     modes: tuple[str, ...] = MODES
+    recompute: tuple[str, ...] = ("none",)  # what our side computes again, in turn
     out: Path | None = None
     command: str = "cllm-spheres bench peers"
 
@@ -76,48 +78,9 @@ def our_reason_against(dtype: str) -> str | None:
     return f"Asked for {dtype}, cllm-spheres trains in {dtypes.describe(dtype)}."
 
 
-def screen(
-    modes: tuple[str, ...], dtype: str, cores: int, measure: Callable[[Variant], float | None]
-) -> dict[Variant, float | None]:
-    """Tokens/s of PyTorch's variants: every mode and attention on all cores, then the best with what is left.
-
-    The exact GELU and other numbers of threads are tried on the best so far only: they change little else. The two
-    fastest are measured once more, and the better figure counts: neighbours differ by less than the machine's noise.
-    """
-    found: dict[Variant, float | None] = {}
-
-    def best() -> Variant | None:
-        return next(iter(fastest(found)), None)
-
-    for mode in modes:
-        for attention in ATTENTIONS:
-            variant = Variant(dtype, mode, attention, GELUS[0], cores)
-            found[variant] = measure(variant)
-    if first := best():
-        variant = replace(first, gelu=GELUS[1])
-        found[variant] = measure(variant)
-    for threads in fewer_threads(cores):
-        if first := best():
-            variant = replace(first, threads=threads)
-            found[variant] = measure(variant)
-    for variant in fastest(found)[:FINALISTS]:
-        found[variant] = max(found[variant] or 0.0, measure(variant) or 0.0)
-    return found
-
-
-def fastest(found: dict[Variant, float | None]) -> list[Variant]:
-    """The variants that could be measured, the fastest first."""
-    return sorted((v for v, speed in found.items() if speed), key=lambda v: -(found[v] or 0.0))
-
-
-def fewer_threads(cores: int) -> list[int]:
-    """The numbers of threads that are tried besides all cores."""
-    return [threads for threads in (1, 2) if threads < cores]
-
-
-def num_measurements(modes: tuple[str, ...], cores: int) -> int:
-    """How often `screen` measures."""
-    return len(modes) * len(ATTENTIONS) + 1 + len(fewer_threads(cores)) + FINALISTS
+def num_turns(options: Options) -> int:
+    """How often a side trains in what is compared."""
+    return options.repeats * (len(options.recompute) + 1)
 
 
 def differences(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
@@ -159,7 +122,7 @@ class Comparison:
         if not has_compiler() and self.modes != ("eager",):
             self.modes = ("eager",)
             self.notes.append("torch.compile needs a C++ compiler and there is none (g++): PyTorch is eager only.")
-        turns = len(options.dtypes) * (num_measurements(self.modes, self.cores) + 1 + 2 * options.repeats)
+        turns = len(options.dtypes) * (num_measurements(self.modes, self.cores) + 1 + num_turns(options))
         self.progress = Progress(Counter({size.name: turns for size in options.sizes}))
         for note in self.notes:
             self.progress.say(note)
@@ -197,14 +160,18 @@ class Comparison:
         name = f"{variant.dtype}, PyTorch {variant}"
         return self.turn(inputs, name, lambda folder: their_side(inputs, folder, variant), **watching)
 
-    def ours(self, inputs: Inputs, dtype: str, **watching: Any) -> Measured | str:
+    def ours(self, inputs: Inputs, dtype: str, recompute: str, **watching: Any) -> Measured | str:
         workers, spheres = self.workers_for(inputs.size)
-        name = f"{dtype}, cllm-spheres with {workers} workers, {spheres} spheres"
-        return self.turn(inputs, name, lambda folder: our_side(inputs, folder, dtype, workers, spheres), **watching)
+        name = f"{dtype}, cllm-spheres with {workers} workers, {spheres} spheres, recompute {recompute}"
 
-    def compare(self, inputs: Inputs, dtype: str) -> dict[str, Any]:
-        """Screening and turns of one size and dtype: a row of the result."""
-        seconds, reasons = self.options.seconds, []
+        def side(folder: Path) -> Side:
+            return our_side(inputs, folder, dtype, workers, spheres, recompute)
+
+        return self.turn(inputs, name, side, **watching)
+
+    def compare(self, inputs: Inputs, dtype: str) -> list[dict[str, Any]]:
+        """Screening and turns of one size and dtype: a row of the result for each mode of recomputing."""
+        seconds, modes, reasons = self.options.seconds, self.options.recompute, []
 
         def speed(variant: Variant) -> float | None:
             found = self.theirs(inputs, variant, seconds=self.options.screen_seconds, memory=False)
@@ -215,50 +182,63 @@ class Comparison:
 
         screening = screen(self.modes, dtype, self.cores, speed)
         best = next(iter(fastest(screening)), None)
-        sides: dict[str, list[Measured]] = {"ours": [], "theirs": []}
         # A first turn that does not count: our kernels are compiled then, as PyTorch's have been by the screening.
         reason = our_reason_against(dtype) or self.ours(
-            inputs, dtype, seconds=self.options.screen_seconds, memory=False
+            inputs, dtype, modes[-1], seconds=self.options.screen_seconds, memory=False
         )  # fmt: skip
         if isinstance(reason, str):
             reasons.append(reason)
             self.progress.say(reason)
+        ours: dict[str, list[Measured]] = {mode: [] for mode in modes}
+        theirs: list[Measured] = []
         for repeat in range(self.options.repeats):  # in turn, so that what else the machine does falls on both
-            until = max(COMPARED_STEPS) if repeat == 0 else 1
-            for name in sides:
-                if name == "ours":
-                    can = not isinstance(reason, str)
-                    found = self.ours(inputs, dtype, seconds=seconds, until_step=until) if can else None
-                else:
-                    found = self.theirs(inputs, best, seconds=seconds, until_step=until) if best else None
-                if isinstance(found, Measured):
-                    sides[name].append(found)
-                elif found:
-                    reasons.append(found)
+            watching = {"seconds": seconds, "until_step": max(COMPARED_STEPS) if repeat == 0 else 1}
+            for mode in modes if not isinstance(reason, str) else ():
+                _sort(self.ours(inputs, dtype, mode, **watching), ours[mode], reasons)
+            if best:
+                _sort(self.theirs(inputs, best, **watching), theirs, reasons)
         workers, spheres = self.workers_for(inputs.size)
-        row: dict[str, Any] = {
+        row = {
             "size": inputs.size.name, "dtype": dtype, "describe": inputs.size.describe(), "workers": workers,
             "spheres": spheres, "flops_per_token": flops_per_token(inputs.size.shape), "reasons": reasons,
             "screening": [{**asdict(v), "name": str(v), "tokens_per_s": s} for v, s in screening.items()],
             "variant": str(best) if best else None,
         }  # fmt: skip
-        for name, turns in sides.items():
-            if turns:
-                row[name] = {
-                    "tokens_per_s": spread([t.tokens_per_s for t in turns]),
-                    "pss_bytes": max(sum(t.pss_bytes.values()) for t in turns), "turns": [asdict(t) for t in turns],
-                }  # fmt: skip
-        if all(len(turns) == self.options.repeats for turns in sides.values()):
-            pairs = zip(sides["ours"], sides["theirs"], strict=True)
-            row["ratio"] = spread([a.tokens_per_s / b.tokens_per_s for a, b in pairs])
-        if all(turns and max(COMPARED_STEPS) in turns[0].losses for turns in sides.values()):
-            found_differences = differences(sides["ours"][0].losses, sides["theirs"][0].losses)
-            row["loss_differences"] = found_differences
-            row["losses_agree"] = all(d <= AGREE[dtype] for d in found_differences.values())
-            said = ", ".join(f"{d:.1e} at step {step}" for step, d in found_differences.items())
-            verdict = "agree" if row["losses_agree"] else "DO NOT AGREE"
-            self.progress.say(f"{inputs.size.name} {dtype}: the losses {verdict}: relative difference {said}")
-        return row
+        rows = [
+            row | {"recompute": mode} | pair(dtype, self.options.repeats, turns, theirs) for mode, turns in ours.items()
+        ]
+        for found in rows:
+            if "loss_differences" in found:
+                said = ", ".join(f"{d:.1e} at step {step}" for step, d in found["loss_differences"].items())
+                verdict = "agree" if found["losses_agree"] else "DO NOT AGREE"
+                name = f"{inputs.size.name} {dtype}, recompute {found['recompute']}"
+                self.progress.say(f"{name}: the losses {verdict}: relative difference {said}")
+        return rows
+
+
+def _sort(found: Measured | str, turns: list[Measured], reasons: list[str]) -> None:
+    """A turn to the others of its side, or the reason why it could not be made to the reasons."""
+    if isinstance(found, Measured):
+        turns.append(found)
+    else:
+        reasons.append(found)
+
+
+def pair(dtype: str, repeats: int, ours: list[Measured], theirs: list[Measured]) -> dict[str, Any]:
+    """The turns of both sides, their speed, memory and losses; ratios where no turn is missing."""
+    found: dict[str, Any] = {}
+    for name, turns in {"ours": ours, "theirs": theirs}.items():
+        if turns:
+            found[name] = {
+                "tokens_per_s": spread([t.tokens_per_s for t in turns]),
+                "pss_bytes": max(sum(t.pss_bytes.values()) for t in turns), "turns": [asdict(t) for t in turns],
+            }  # fmt: skip
+    if len(ours) == len(theirs) == repeats:
+        found["ratio"] = spread([a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, theirs, strict=True)])
+    if all(turns and max(COMPARED_STEPS) in turns[0].losses for turns in (ours, theirs)):
+        found["loss_differences"] = differences(ours[0].losses, theirs[0].losses)
+        found["losses_agree"] = all(d <= AGREE[dtype] for d in found["loss_differences"].values())
+    return found
 
 
 def run(options: Options) -> int:
@@ -281,7 +261,7 @@ def run(options: Options) -> int:
             comparison.progress.say(f"{size.name}: {size.describe()}. Preparing its text, weights and batches ...")
             inputs = make_inputs(size, place, options.seconds)
             for dtype in options.dtypes:
-                result["rows"].append(comparison.compare(inputs, dtype))
+                result["rows"] += comparison.compare(inputs, dtype)
                 write_results(folder, name, result, peers_report.report(result))  # what is measured is kept
             shutil.rmtree(place)
     measure_peaks(result, comparison)

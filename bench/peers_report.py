@@ -28,7 +28,12 @@ def _spread(values: dict[str, Any] | None, form: str) -> str:
     return f"{median} ({least} to {most})"
 
 
-def _row(row: dict[str, Any], peaks: dict[str, Any], best: float | None) -> list[str]:
+def _mode(row: dict[str, Any]) -> str:
+    """What our side computed again. Results from before there was a choice do not name it."""
+    return str(row.get("recompute", "none"))
+
+
+def _row(row: dict[str, Any], peaks: dict[str, Any], best: float | None, shows_mode: bool) -> list[str]:
     sides = [row.get(side, {}) for side in ("ours", "theirs")]
     shares = [share_of_peak(row, side, peaks) for side in ("ours", "theirs")]
     found = row.get("loss_differences")
@@ -36,7 +41,8 @@ def _row(row: dict[str, Any], peaks: dict[str, Any], best: float | None) -> list
     ratio = row.get("ratio")
     over_all = sides[0]["tokens_per_s"]["median"] / best if sides[0] and best else None
     return [
-        row["size"], *(_spread(side.get("tokens_per_s"), ",.0f") for side in sides),
+        row["size"], *([_mode(row)] if shows_mode else []),
+        *(_spread(side.get("tokens_per_s"), ",.0f") for side in sides),
         f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "–",
         f"{over_all:.2f}" if over_all else "–",
         *(f"{share:.0%}" if share else "–" for share in shares),
@@ -48,6 +54,7 @@ def _row(row: dict[str, Any], peaks: dict[str, Any], best: float | None) -> list
 def report(result: dict[str, Any]) -> str:
     """The whole page."""
     rows, peaks = result["rows"], result["peaks"]
+    shows_mode = any(_mode(row) != "none" for row in rows)
     best = {
         size: max((r["theirs"]["tokens_per_s"]["median"] for r in rows if r["size"] == size and "theirs" in r),
                   default=None)
@@ -75,11 +82,12 @@ def report(result: dict[str, Any]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         mine = [row for row in rows if row["dtype"] == dtype]
         head = [
-            DTYPE_NAMES[dtype], "ours, tokens/s", "PyTorch, tokens/s", "ratio", "to its best dtype",
-            "ours, of the peak", "PyTorch", "ours, memory", "PyTorch", "losses differ",
+            DTYPE_NAMES[dtype], *(["recompute"] if shows_mode else []), "ours, tokens/s", "PyTorch, tokens/s", "ratio",
+            "to its best dtype", "ours, of the peak", "PyTorch", "ours, memory", "PyTorch", "losses differ",
         ]  # fmt: skip
-        parts += [f"## {DTYPE_NAMES[dtype]}\n", markdown(head, (_row(r, peaks, best[r["size"]]) for r in mine))]
-        parts += [f"{row['size']}: {reason}\n" for row in mine for reason in row["reasons"]]
+        table = markdown(head, (_row(row, peaks, best[row["size"]], shows_mode) for row in mine))
+        parts += [f"## {DTYPE_NAMES[dtype]}\n", table]
+        parts += dict.fromkeys(f"{row['size']}: {reason}\n" for row in mine for reason in row["reasons"])
     parts += ["## The models\n", "".join(dict.fromkeys(f"- {r['size']}: {r['describe']}\n" for r in rows))]
     parts += ["## Screening of PyTorch's variants, tokens/s\n", _screening(rows)]
     return "\n".join(parts)
@@ -91,9 +99,16 @@ def _cores(peaks: dict[str, Any]) -> list[str]:
 
 def _method(result: dict[str, Any]) -> str:
     turns = f"{result['repeats']} turn{'s' * (result['repeats'] != 1)}"
+    modes = list(dict.fromkeys(_mode(row) for row in result["rows"]))
+    turned = " ".join([*("A" if len(modes) == 1 else f"A({mode})" for mode in modes), "B"] * 2)
+    again = (
+        " `Recompute`: what ours computes again in the backward pass rather than keep it; the bits are the same."
+        if modes != ["none"]
+        else ""
+    )
     workers = sorted({f"{row['workers']} workers, {row['spheres']} spheres" for row in result["rows"]})
     return (
-        f"Median and range of {turns} of each side, A B A B, every turn in processes of its own"
+        f"Median and range of {turns} of each side, {turned}, every turn in processes of its own"
         f" ({'; '.join(workers) or 'ours'}; PyTorch: the best of the screening below, with fused AdamW, foreach"
         f" clipping and gradients set to None). Tokens/s: whole steps within a window of at least"
         f" {result['seconds']:g} s of wall clock, with data, zeroing, clipping, update and metrics. Evaluations and"
@@ -102,15 +117,16 @@ def _method(result: dict[str, Any]) -> str:
         " is faster. `to its best dtype`: ours over PyTorch's fastest median at that size in any measured dtype."
         " `Losses differ`: relatively, at steps 1 and 20 (allowed: 1e-3 in float32, 2e-2 in bf16)."
         " Memory: the largest sample of the proportional set size of all processes of a side while it trains, its"
-        " launcher and compile workers among them; both sides have their compiled code in their caches. Share of the"
-        " peak: (6 x parameters of matrix products, the tied head among them, + 12 x layers x width x T / 2 for"
+        " launcher and compile workers among them; both sides have their compiled code in their caches. A checkpoint"
+        f" that is being written takes ours a copy of weights and moments more.{again} Share of the peak: (6 x"
+        " parameters of matrix products, the tied head among them, + 12 x layers x width x T / 2 for"
         " causal attention) x tokens/s over the peak on all cores.\n"
     )
 
 
 def _screening(rows: list[dict[str, Any]]) -> str:
     """One row a variant, one column a size and dtype; the chosen ones are bold."""
-    columns = [(row["size"], row["dtype"]) for row in rows]
+    columns = list(dict.fromkeys((row["size"], row["dtype"]) for row in rows))
     found = {
         (row["size"], row["dtype"]): {entry["name"]: entry["tokens_per_s"] for entry in row["screening"]}
         for row in rows

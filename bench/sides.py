@@ -91,7 +91,7 @@ def make_inputs(size: Size, folder: Path, seconds: float) -> Inputs:
 
 @contextmanager
 def our_side(
-    inputs: Inputs, folder: Path, dtype: str, workers: int, spheres: int
+    inputs: Inputs, folder: Path, dtype: str, workers: int, spheres: int, recompute: str = "none"
 ) -> Iterator[tuple[psutil.Popen, Path]]:
     """`cllm-spheres train` at work; the path of its metrics."""
     size, run = inputs.size, folder / "run"
@@ -100,6 +100,7 @@ def our_side(
         "--dtype", dtype, "--workers", str(workers), "--spheres", str(spheres),
         "--batch-size", str(size.config.batch_size), "--steps", str(STEPS), "--warmup", str(size.config.warmup),
         "--eval-every", NEVER, "--save-every", NEVER, "--eval-tokens", str(size.config.block_size),
+        "--recompute", recompute,
     ]  # fmt: skip
     with child(
         "cllm_spheres_bench.children", str(os.getpid()), *arguments, errors=folder / "said", environment={}

@@ -55,6 +55,9 @@ def peers(
     modes: Annotated[
         str, typer.Option(help="How PyTorch may run: eager, compile, max-autotune.")
     ] = "eager,compile,max-autotune",
+    recompute: Annotated[
+        str, typer.Option(help="What our side computes again to save memory, in turn: none, cheap, block.")
+    ] = "none",
     out: Out = None,
 ) -> None:
     """Train the same models with cllm-spheres and with PyTorch, in turn, and print tokens/s, ratio and memory.
@@ -65,10 +68,13 @@ def peers(
     from cllm_spheres_bench.sizes import chosen_sizes
     from cllm_spheres_cli.progress import interruptible
 
+    from cllm_spheres.model.program import RECOMPUTE
+
     options = comparison.Options(
         sizes=chosen_sizes(sizes), dtypes=_words(dtypes, "--dtypes", comparison.DTYPES), repeats=repeats,
         seconds=seconds, screen_seconds=screen_seconds, workers=workers, spheres=spheres,
-        modes=tuple(_words(modes, "--modes", comparison.MODES)), out=out,
+        modes=tuple(_words(modes, "--modes", comparison.MODES)),
+        recompute=tuple(_words(recompute, "--recompute", RECOMPUTE)), out=out,
         command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
     )  # fmt: skip
     with interruptible("What was measured until then is written."):

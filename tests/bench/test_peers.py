@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cllm_spheres_bench import children, machine, peers, peers_report, sides
+from cllm_spheres_bench import children, machine, peers, peers_report, screening, sides
 from cllm_spheres_bench.peer_torch import Order, Variant, learning_rate
 from cllm_spheres_bench.sizes import SIZES, STEPS
 
@@ -34,9 +34,9 @@ def test_screening_finds_the_best_mode_attention_gelu_and_threads():
         asked.append(variant)
         return speed_of(variant)
 
-    found = peers.screen(("eager", "compile"), "fp32", 4, measure)
-    assert peers.fastest(found)[0] == Variant("fp32", "compile", "matmul", "erf", 1)
-    assert len(asked) == peers.num_measurements(("eager", "compile"), 4)
+    found = screening.screen(("eager", "compile"), "fp32", 4, measure)
+    assert screening.fastest(found)[0] == Variant("fp32", "compile", "matmul", "erf", 1)
+    assert len(asked) == screening.num_measurements(("eager", "compile"), 4)
     assert {v.threads for v in asked} == {1, 2, 4}
 
 
@@ -44,9 +44,9 @@ def test_screening_leaves_out_what_cannot_run_and_is_empty_where_nothing_can():
     def only_eager(variant):
         return speed_of(variant) if variant.mode == "eager" else None
 
-    found = peers.screen(("eager", "compile"), "bf16", 2, only_eager)
-    assert peers.fastest(found)[0] == Variant("bf16", "eager", "matmul", "erf", 1)
-    assert peers.fastest(peers.screen(("compile",), "bf16", 2, only_eager)) == []
+    found = screening.screen(("eager", "compile"), "bf16", 2, only_eager)
+    assert screening.fastest(found)[0] == Variant("bf16", "eager", "matmul", "erf", 1)
+    assert screening.fastest(screening.screen(("compile",), "bf16", 2, only_eager)) == []
 
 
 def test_a_finalist_keeps_the_better_of_its_two_figures():
@@ -56,13 +56,61 @@ def test_a_finalist_keeps_the_better_of_its_two_figures():
         calls.append(variant)
         return {"sdpa": 10.0, "matmul": 9.0}[variant.attention] - calls.count(variant)
 
-    found = peers.screen(("eager",), "fp32", 1, measure)
+    found = screening.screen(("eager",), "fp32", 1, measure)
     assert found[Variant("fp32", "eager", "sdpa", "tanh", 1)] == 9.0
 
 
 def test_losses_are_compared_at_the_first_and_the_twentieth_step():
     ours, theirs = {1: 4.0, 2: 9.0, 20: 2.0}, {1: 4.0, 2: 1.0, 20: 2.5}
     assert peers.differences(ours, theirs) == {1: 0.0, 20: pytest.approx(0.2)}
+
+
+def measured(speed, pss_bytes, loss):
+    return sides.Measured(speed, 10.0, 5, 10.0, {"1 train": pss_bytes, "2 server": 1}, {1: 4.0, 20: loss}, 1.0)
+
+
+class Turns(peers.Comparison):
+    """A comparison whose turns are made up: less memory and less speed, the more is computed again."""
+
+    def __init__(self, options, fails=()):
+        super().__init__(options)
+        self.asked, self.fails = [], fails
+
+    def theirs(self, inputs, variant, **watching):
+        self.asked.append("PyTorch" if watching.get("memory", True) else "screening")
+        return measured(500.0 * len(self.asked), 400, 2.0)
+
+    def ours(self, inputs, dtype, recompute, **watching):
+        self.asked.append(recompute if watching.get("memory", True) else "warm-up")
+        if recompute in self.fails and watching.get("memory", True):
+            return f"{recompute} could not."
+        speed, memory = {"none": (1000.0, 500), "cheap": (950.0, 400), "block": (750.0, 300)}[recompute]
+        return measured(speed * len(self.asked), memory, 2.0 if recompute != "block" else 3.0)
+
+
+def compared(*modes, **more):
+    options = peers.Options([SIZES["S1"]], ["fp32"], repeats=2, modes=("eager",), recompute=modes)
+    turns = Turns(options, **more)
+    rows = turns.compare(sides.Inputs(SIZES["S1"], None, None), "fp32")
+    return rows, [asked for asked in turns.asked if asked not in ("screening", "warm-up")]
+
+
+def test_each_mode_of_recomputing_takes_its_turn_beside_pytorch():
+    rows, turns = compared("none", "cheap", "block")
+    assert turns == ["none", "cheap", "block", "PyTorch"] * 2
+    assert [row["recompute"] for row in rows] == ["none", "cheap", "block"]
+    assert [row["ours"]["pss_bytes"] for row in rows] == [501, 401, 301]
+    assert {row["theirs"]["pss_bytes"] for row in rows} == {401}
+    for row in rows:
+        of_turns = zip(row["ours"]["turns"], row["theirs"]["turns"], strict=True)
+        assert row["ratio"]["all"] == [a["tokens_per_s"] / b["tokens_per_s"] for a, b in of_turns]
+    assert [row["losses_agree"] for row in rows] == [True, True, False]  # each mode's own losses are compared
+
+
+def test_a_mode_that_fails_has_a_reason_and_no_ratio():
+    (none, cheap), turns = compared("none", "cheap", fails=("cheap",))
+    assert "ours" not in cheap and "ratio" not in cheap and "cheap could not." in cheap["reasons"]
+    assert len(none["ratio"]["all"]) == 2 and turns.count("cheap") == 2
 
 
 def test_the_schedule_in_pytorch_is_ours():
@@ -113,6 +161,18 @@ def test_the_report_shows_medians_ranges_ratios_memory_and_reasons():
     assert "S2: S2 could not." in text and "| eager | **500** | **500** |" in text
 
 
+def test_the_report_names_the_modes_of_recomputing_where_there_are_others_than_none():
+    cheap = row(recompute="cheap", reasons=["Something."])
+    cheap["ours"] = cheap["ours"] | {"pss_bytes": 2 * 10**8}
+    text = peers_report.report(result(row(recompute="none", reasons=["Something."]), cheap))
+    assert "| S1 | none | 1,100" in text and "300 MB | 400 MB |" in text
+    assert "| S1 | cheap | 1,100" in text and "200 MB | 400 MB |" in text
+    assert "A(none) A(cheap) B A(none) A(cheap) B" in text
+    assert text.count("S1: Something.") == 1 and "| variant | S1 fp32 |" in text
+    alone = peers_report.report(result(row()))
+    assert "recompute" not in alone.lower() and "A B A B" in alone
+
+
 def test_losses_that_do_not_agree_stand_out():
     assert "**0e+00, 1e-01**" in peers_report.report(
         result(row(loss_differences={1: 0.0, 20: 0.1}, losses_agree=False))
@@ -145,6 +205,7 @@ def test_without_pytorch_the_command_says_how_to_get_it(tmp_path):
         (["--sizes", "S7"], ["'S7'", "did you mean"]),
         (["--dtypes", "fp16"], ["'fp16'", "did you mean"]),
         (["--modes", "fast"], ["'fast'", "known:"]),
+        (["--recompute", "blocks"], ["'blocks'", "did you mean"]),
         (["--repeats", "0"], ["--repeats"]),
     ],
 )
@@ -159,7 +220,9 @@ def test_help_names_the_benchmarks_and_their_options(tmp_path, monkeypatch):
     assert "peers" in command_here("bench", "--help", cwd=tmp_path).stdout
     shown = command_here("bench", "peers", "--help", cwd=tmp_path)
     assert shown.returncode == 0
-    for option in ("--sizes", "--dtypes", "--repeats", "--seconds", "--workers", "--spheres", "--modes", "--out"):
+    for option in (
+        "--sizes", "--dtypes", "--repeats", "--seconds", "--workers", "--spheres", "--modes", "--recompute", "--out",
+    ):  # fmt: skip
         assert option in shown.stdout
 
 
