@@ -5,6 +5,8 @@ psutil and os.cpu_count do not see cgroup limits; both versions of cgroups occur
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -104,6 +106,12 @@ def available_memory() -> int:
             if most is not None and now is not None:
                 available.append(most - now + (_statistic(folder / "memory.stat", reclaimable) or 0))
     return max(0, min(available))
+
+
+def give_memory_back() -> None:
+    """Have the C library give freed memory back to the kernel, where it can: glibc keeps it for what comes next."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_group() -> tuple[int, int] | None:

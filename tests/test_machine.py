@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import pytest
 
 from cllm_spheres import machine
 from cllm_spheres.errors import InputError
+from cllm_spheres.training.footprint import own_bytes
 
 GB = 10**9
 
@@ -151,3 +155,21 @@ def test_the_tightest_memory_limit_counts_and_none_is_none(groups):
     assert machine.memory_limit() == 8 * GB
     groups("9:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": "9223372036854771712\n", "memory.max": "max\n"})
     assert machine.memory_limit() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps nothing, or cannot be told")
+def test_what_was_freed_between_others_is_given_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+    libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    blocks = [libc.malloc(100_000) for _ in range(1000)]  # too small for pages of their own
+    for block in blocks:
+        libc.memset(block, 1, 100_000)
+    for block in blocks[::2]:
+        libc.free(block)
+    before = own_bytes(os.getpid())
+    machine.give_memory_back()
+    given_back = before - own_bytes(os.getpid())
+    for block in blocks[1::2]:
+        libc.free(block)
+    assert given_back > 40 * 10**6  # of 50 MB: blocks do not end at pages

@@ -132,6 +132,9 @@ class Prepared:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; InputError where its file does not fit the manifest."""
+        return self._read_tokenizer()
+
+    def _read_tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.folder / "tokenizer.json")
         found = tokenizer.kind, tokenizer.vocab_size, tokenizer.eot
         if found != (self.manifest["tokenizer"], self.vocab_size, self.eot):
@@ -145,7 +148,7 @@ class Prepared:
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32] | None:
         """Bytes of text per token, int32 [V], 0 for end of text; None for word."""
-        return self.tokenizer.token_bytes()
+        return self._read_tokenizer().token_bytes()  # not kept: 50,304 tokens take 50 MB
 
     @cached_property
     def fingerprint(self) -> str:

@@ -62,10 +62,16 @@ class Keeper:
         self.node_zero, self.metrics = node_zero, metrics
         self._tokenizer = (prepared.folder / "tokenizer.json").read_bytes()  # the folder may vanish meanwhile
         self._saver = Saver(self._failed)
-        self._copy = {name: np.empty_like(buffer) for name, buffer in self._buffers().items()}
-        self._saver.give(self._take_pages)
+        self._copy: dict[str, np.ndarray] = {}  # what is being saved: 12 bytes a parameter, held no longer than needed
         self._step = 0  # that is being saved
         self._unsaved_best: int | None = None  # the step, until it is saved
+
+    def expect(self) -> None:
+        """A save is near: the saver's thread takes the pages of its copy, which takes far longer than copying."""
+        if not self._copy:  # else it is being written, or will be tried again
+            self._saver.free()
+            self._copy = self._room()
+            self._saver.give(self._take_pages)
 
     def save(self, progress: Progress, best: bool = False, last: bool = False) -> None:
         """Have the last whole step saved; `best` points checkpoints/best to it. Older ones are pruned.
@@ -85,6 +91,7 @@ class Keeper:
                 f" {progress.step:,}.", progress.step, seconds=0.0,
             )  # fmt: skip
         began = time.monotonic()
+        self._copy = self._copy or self._room()
         for name, buffer in self._buffers().items():
             np.copyto(self._copy[name], buffer)
         state = {
@@ -100,8 +107,11 @@ class Keeper:
         """Wait until all is saved. SaveFailed where the disk does not take it."""
         self._saver.finish()
 
+    def _room(self) -> dict[str, np.ndarray]:
+        """Room for a copy. Its pages are taken as they are first written."""
+        return {name: np.empty_like(buffer) for name, buffer in self._buffers().items()}
+
     def _take_pages(self) -> None:
-        """By the saver's thread, before the first save: taking new pages is far slower than copying into them."""
         for buffer in self._copy.values():
             np.copyto(buffer, 0)
 
@@ -124,6 +134,7 @@ class Keeper:
             f"Saved step {step:,}{', the best so far,' if best else ''} in {seconds:.2f} s.",
             step, path=str(path), seconds=seconds, copy_s=copy_s, **({"val_loss": state["best_loss"]} if best else {}),
         )  # fmt: skip
+        self._copy.clear()
 
     def _failed(self, error: SaveFailed, again_s: float) -> None:
         """Told by the saver's thread; the training goes on."""

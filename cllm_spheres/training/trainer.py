@@ -20,7 +20,7 @@ from cllm_spheres.config import Config
 from cllm_spheres.errors import FolderGone, InputError, Interrupted, NonFinite, RunFailed
 from cllm_spheres.exchange.source import Source
 from cllm_spheres.faults import parse
-from cllm_spheres.machine import usable_cores
+from cllm_spheres.machine import give_memory_back, usable_cores
 from cllm_spheres.model import dtypes
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres.node_zero import NodeZero
@@ -43,6 +43,7 @@ from cllm_spheres.units import duration, percent, plural
 STEP_ENDS_WITHIN_S = 2.0  # after a signal: what takes longer is dropped before its update
 UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
 TELLS_EVERY_S = 1.0  # how far the work before the first step is
+SAVE_IS_NEAR = 4  # steps before it: taking 1.5 GB of pages took 5 s where others kept the machine busy
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
 
 # What is said of a run that keeps less than it could.
@@ -195,6 +196,7 @@ class Trainer:
         if job.trace_marks:
             self.profiled = min(self.step + WARM_UP_STEPS, self.last)
             memory.words(memory.regions.control + M.TRACED_STEP * M.LINE, 1)[0] = self.profiled
+        give_memory_back()  # what starting took, such as the tokenizer's file
         self.metrics.start_clock()
 
     def _soft_targets(self) -> bytes:
@@ -246,7 +248,7 @@ class Trainer:
 
     def _stretch(self, until: int) -> None:
         """Steps self.step + 1 .. until, with metrics, signals and losses looked at about ten times a second."""
-        first = self.step + 1
+        first, saves = self.step + 1, until % self.save_every == 0 or until == self.last
         rates = [learning_rate(step, self.config) for step in range(first, until + 1)]
         memory = self.node_zero.memory
         memory.doubles(memory.regions.rates, len(rates))[:] = rates
@@ -258,6 +260,8 @@ class Trainer:
             self.node_zero.wait_for_bell()
             self._watch()
             self._look()
+            if saves and until - self.step <= SAVE_IS_NEAR:
+                self.keeper.expect()
         self._stepping = False
         self._watch()
         if self.node_zero.halt == M.HALT_NONFINITE:

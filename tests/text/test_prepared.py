@@ -48,6 +48,12 @@ def test_an_opened_folder_gives_its_tokens_and_tokenizer(folder):
         prepared.train[0] = 1
 
 
+def test_counting_the_bytes_of_tokens_keeps_no_tokenizer_in_memory(folder):
+    prepared = Prepared.open(folder)
+    assert prepared.token_bytes.tolist() == Prepared.open(folder).tokenizer.token_bytes().tolist()
+    assert "tokenizer" not in vars(prepared)
+
+
 def test_the_fingerprint_is_that_of_the_data(folder, source, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
