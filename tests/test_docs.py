@@ -22,7 +22,7 @@ from cllm_spheres.kernels.bf16 import sizes as sizes_bf16
 from cllm_spheres.kernels.sizes import BLOCK
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.program import program
+from cllm_spheres.model.program import RECOMPUTE, program
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres.memory import Regions, Sizes
 from tests.web.served import Served
@@ -205,10 +205,14 @@ def test_the_table_of_memory_is_that_of_the_code(monkeypatch):
         sizes = Sizes(size, config.spheres, 32, has_squares=True)
         largest_shard = -(-config.batch_size // config.spheres)
         arenas = {
-            dtype: program(Layout(shape), dtype, largest_shard=largest_shard).arena_bytes for dtype in dtypes.DTYPES
+            dtype: [
+                program(Layout(shape), dtype, largest_shard=largest_shard, recompute=mode).arena_bytes
+                for mode in RECOMPUTE
+            ]
+            for dtype in dtypes.DTYPES
         }
         packed = dtypes.packing(Layout(shape), "bf16").size_bytes
-        expected = [Regions(sizes).total, 4 * size * config.spheres, arenas["fp32"], packed, arenas["bf16"]]
+        expected = [Regions(sizes).total, 4 * size * config.spheres, *arenas["fp32"], packed, *arenas["bf16"]]
         actual = [1e6 * number(cell) for cell in (shared, segments, *of_dtypes)]
         assert actual == pytest.approx(expected, rel=5e-3)  # three digits are shown
 
