@@ -34,7 +34,7 @@ def model(
 ) -> None:
     """Show what a model computes: the calls of its kernels, shapes, FLOP, memory. Nothing is compiled or run.
 
-    A preset's folder of the same name is ./NAME.
+    A folder that is named like a preset is given as ./NAME.
     """
     from rich.console import Console
 
@@ -78,18 +78,22 @@ def _job(name: str, given: dict[str, Any]) -> Job:
 
     from cllm_spheres.config import Config, build, merge
     from cllm_spheres.doctor.needs import job_of, plan
-    from cllm_spheres.errors import InputError, nearest
+    from cllm_spheres.errors import InputError, nearest, shown
     from cllm_spheres.exchange.source import open_source
     from cllm_spheres.training.folder import CONFIG_TOML, read_config
 
     if name in PRESETS:
         return plan({"preset": name, **given})[1]
     path = Path(name)
-    if (path / CONFIG_TOML).is_file():
+    try:
+        is_folder, has_config = path.is_dir(), (path / CONFIG_TOML).is_file()
+    except OSError as error:
+        raise InputError(f"Cannot read {name}: {error.strerror}.") from None
+    if not is_folder:
+        raise InputError(f"{shown(name)} is no folder and no preset: {nearest(name, PRESETS)}")
+    if has_config:
         config = build(read_config(path)[0].model_dump() | given)
         return job_of(config, {"batch_size", "spheres", *given})
-    if not path.is_dir():
-        raise InputError(f"{name} is no folder and no preset: {nearest(name, PRESETS)}")
     shape = open_source(path).shape
     sizes = {key: value for key, value in asdict(shape).items() if key in Config.model_fields}
     return replace(job_of(build(merge(given)[0].model_dump() | sizes), set(given)), shape=shape)

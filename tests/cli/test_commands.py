@@ -33,6 +33,7 @@ OPTIONS = {
         " --allow-host --allow-origin"
     ),
     "crystal": "--show --token --count --gcd-weight --ulam-weight --out --preset --tokenizer --vocab-size",
+    "model": "--dtype --recompute --spheres --workers",
     "doctor": "--preset --spheres --workers --dtype --run --json",
 }
 

@@ -83,8 +83,9 @@ def test_the_tour_shows_the_table_of_its_command(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tyni"], "tyni is no folder and no preset: did you mean 'tiny'"),
+        (["tyni"], "'tyni' is no folder and no preset: did you mean 'tiny'"),
         (["."], "neither a run"),
+        (["a/" * 3000], "File name too long"),
         (["tiny", "--recompute", "all"], "--recompute cannot be 'all'"),
         (["tiny", "--dtype", "fp8"], "--dtype cannot be 'fp8'"),
         (["tiny", "--spheres", "2", "--workers", "3"], "--spheres 3"),
