@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cllm_spheres.kernels.linear import linear_backward, linear_forward, linear_residual_forward
+from cllm_spheres.kernels.linear import linear_backward, linear_forward
 from cllm_spheres.kernels.sizes import product_floats
 from tests import naive
 from tests.check import assert_close, assert_gradient
@@ -13,49 +13,60 @@ from tests.check import assert_close, assert_gradient
 SIZES = [(1, 1, 1), (1, 48, 17), (7, 13, 33), (65, 33, 129)]  # M, I, O
 
 
-def inputs(rng, m, i, o, bias):
+def inputs(rng, m, i, o):
     x, w = rng.standard_normal((m, i), np.float32), rng.standard_normal((i, o), np.float32)
-    return x, w, rng.standard_normal(o if bias else 0, np.float32)
+    return x, w, rng.standard_normal(o, np.float32)
+
+
+def at(array, wanted=True):
+    return array.ctypes.data if wanted else 0
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("m", "i", "o"), SIZES)
 def test_forward_equals_its_twin(m, i, o, bias, rng, buffer):
-    x, w, b = inputs(rng, m, i, o, bias)
+    x, w, b = inputs(rng, m, i, o)
     residual, out, out_residual = rng.standard_normal((m, o), np.float32), buffer(m, o), buffer(m, o)
-    products = buffer(product_floats(m)).ctypes.data
-    linear_forward(x, w, b, out, products)
-    linear_residual_forward(x, w, b, residual, out_residual, products)
+    products = at(buffer(product_floats(m)))
+    linear_forward(m, i, o, at(x), at(w), at(b, bias), 0, at(out), products)
+    linear_forward(m, i, o, at(x), at(w), at(b, bias), at(residual), at(out_residual), products)
     expected = naive.linear_forward(x.astype(float), w.astype(float), b if bias else 0.0)
     assert_close(out, expected)
     assert_close(out_residual, residual + expected)
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 1, 0), (0, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize("accumulate", [(False, False), (True, True), (True, False)])
 @pytest.mark.parametrize(("m", "i", "o"), SIZES)
-def test_backward_equals_its_twin(m, i, o, bias, accumulate, rng, buffer):
-    x, w, b = inputs(rng, m, i, o, bias)
+def test_backward_equals_its_twin_and_leaves_out_what_is_not_wanted(m, i, o, wanted, accumulate, rng, buffer):
+    x, w, _ = inputs(rng, m, i, o)
     dout = rng.standard_normal((m, o), np.float32)
-    start = 5.0 if accumulate else np.nan
-    dx, dw, db = buffer(m, i), buffer(i, o, fill=start), buffer(b.size, fill=start)
-    linear_backward(dout, x, w, dx, dw, db, accumulate, buffer(product_floats(max(m, i))).ctypes.data)
+    starts = [5.0 if adds else np.nan for adds in accumulate]
+    dx, dw, db = buffer(m, i), buffer(i, o, fill=starts[0]), buffer(o, fill=starts[1])
+    before = [array.copy() for array in (dx, dw, db)]
+    linear_backward(
+        m, i, o, at(dout), at(x), at(w), at(dx, wanted[0]), at(dw, wanted[1]), accumulate[0], at(db, wanted[2]),
+        accumulate[1], at(buffer(product_floats(max(m, i)))),
+    )  # fmt: skip
     expected = naive.linear_backward(dout.astype(float), x.astype(float), w.astype(float))
-    assert_close(dx, expected[0])
-    assert_close(dw, 5 * accumulate + expected[1])
-    if bias:
-        assert_close(db, 5 * accumulate + expected[2])
+    for found, old, is_wanted, twin, adds in zip(
+        (dx, dw, db), before, wanted, expected, (False, *accumulate), strict=True
+    ):
+        if is_wanted:
+            assert_close(found, 5 * adds + twin)
+        else:
+            assert found.tobytes() == old.tobytes()
 
 
 def test_the_same_product_has_the_same_bits_at_any_alignment(rng, buffer):
     m, i, o = 65, 33, 129
-    x, w, _ = inputs(rng, m, i, o, False)
+    x, w, _ = inputs(rng, m, i, o)
     results = set()
     for shift in range(9):
         moved = np.empty(x.size + 8, np.float32)[shift:][: x.size].reshape(m, i)
         moved[...] = x
         out = buffer(m * o + shift)[shift:].reshape(m, o)
-        linear_forward(moved, w, np.empty(0, np.float32), out, buffer(product_floats(m)).ctypes.data)
+        linear_forward(m, i, o, at(moved), at(w), 0, 0, at(out), at(buffer(product_floats(m))))
         results.add(out.tobytes())
     assert len(results) == 1
 

@@ -6,13 +6,15 @@ says which (model/record.py).
 
 from __future__ import annotations
 
-from cllm_spheres.kernels.arrays import add_rows, copy_floats, doubles, f4, floats, matrix, tokens
+from cllm_spheres.kernels.arrays import copy_floats, doubles, f4, floats, matrix, tokens
 from cllm_spheres.kernels.attention import attention_backward as backward_of_attention
 from cllm_spheres.kernels.attention import attention_forward as forward_of_attention
 from cllm_spheres.kernels.cross_entropy import head_loss as loss_of_head
 from cllm_spheres.kernels.cross_entropy import head_loss_backward
 from cllm_spheres.kernels.gelu import gelu_backward, gelu_forward
 from cllm_spheres.kernels.layernorm import layernorm_forward
+from cllm_spheres.kernels.linear import linear_backward as gradients_of_linear
+from cllm_spheres.kernels.linear import linear_forward as product_of_linear
 from cllm_spheres.kernels.products import gemm
 from cllm_spheres.kernels.trace import mark
 from cllm_spheres.model import record as R
@@ -47,9 +49,8 @@ def linear_forward(record, registers):
     x, w, bias, residual = operand(r, g, 0), operand(r, g, 1), operand(r, g, 2), operand(r, g, 3)
     before, out, scratch = operand(r, g, 4), operand(r, g, 5), operand(r, g, 6)
     drops = residual != 0 and g[R.THRESHOLD] != 0
-    gemm(
-        False, False, n, o, i, x, i, w, o, 0 if drops else residual, o, bias, before if before != 0 else out, o, scratch
-    )  # fmt: skip
+    product = before if before != 0 else out
+    product_of_linear(n, i, o, x, w, bias, 0 if drops else residual, product, scratch)
     if before != 0:
         mark(g[R.TRACE], size(r, 3))
         gelu_forward(floats(before, n * o), floats(out, n * o))
@@ -86,12 +87,9 @@ def linear_backward(record, registers):
         copy_floats(dout, room, n * o)
         dout = room
         drop(r, g, 2, matrix(dout, n, o))
-    if dx != 0:
-        gemm(False, True, n, i, o, dout, o, w, o, 0, 0, 0, dx, i, scratch)
-    if dw != 0:
-        gemm(True, False, i, o, n, x, i, dout, o, dw if accumulates(r, g, 5) else 0, o, 0, dw, o, scratch)
-    if db != 0:
-        add_rows(matrix(dout, n, o), floats(db, o), accumulates(r, g, 6))
+    gradients_of_linear(
+        n, i, o, dout, x, w, dx, dw, accumulates(r, g, 5), db, accumulates(r, g, 6), scratch
+    )  # fmt: skip
     if before != 0 and dx != 0:
         mark(g[R.TRACE], size(r, 3))
         gelu_backward(floats(before, n * i), floats(dx, n * i))
