@@ -128,7 +128,10 @@ class Decoder:
         for number, piece in enumerate(pieces):
             count = len(piece.ids)
             self._ids[row : row + count] = piece.ids
-            self._pieces[number] = piece.slot, row, count, piece.position
+            self._pieces[number, W.P_SLOT] = piece.slot
+            self._pieces[number, W.P_ROW] = row
+            self._pieces[number, W.P_ROWS] = count
+            self._pieces[number, W.P_POSITION] = piece.position
             row += count
             for i in range(piece.wanted):
                 self._wanted[wanted + i] = row - piece.wanted + i
