@@ -49,8 +49,9 @@ def test_backward_equals_its_twin(n, c, v, rows, accumulate, rng, buffer):
     x, wte, targets = inputs(rng, n, c, v)
     scale = np.float32(1 / 24)
     dx, dwte = buffer(n, c), buffer(v, c, fill=5 if accumulate else np.nan)
+    scratch = buffer(product_floats(max(n, v)))
     loss, excess = head_loss_backward(
-        x, wte, targets, scale, 0, buffer(rows, v), dx, dwte, accumulate, buffer(product_floats(max(n, v))).ctypes.data
+        x, wte, targets, scale, 0, buffer(rows, v), dx.ctypes.data, dwte.ctypes.data, accumulate, scratch.ctypes.data
     )
     assert (loss, excess) == (head_of(buffer, x, wte, targets, rows)[0], 0)
     expected = naive.head_backward(x.astype(float), wte.astype(float), targets)
@@ -65,7 +66,7 @@ def test_with_soft_targets_losses_and_gradients_equal_their_twins(n, c, v, rows,
     soft, scale = Soft(kind, v, rng), np.float32(1 / 24)
     dx, dwte = buffer(n, c), buffer(v, c)
     loss, excess = head_loss_backward(
-        x, wte, targets, scale, soft.address, buffer(rows, v), dx, dwte, False,
+        x, wte, targets, scale, soft.address, buffer(rows, v), dx.ctypes.data, dwte.ctypes.data, False,
         buffer(product_floats(max(n, v))).ctypes.data,
     )  # fmt: skip
     assert loss == head_of(buffer, x, wte, targets, rows)[0]  # to the bit, whatever the soft targets
