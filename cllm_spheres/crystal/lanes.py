@@ -16,7 +16,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cllm_spheres.crystal.cpu import has
-from cllm_spheres.crystal.functions import training as F
 
 WIDTH = 16
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
@@ -29,13 +28,13 @@ _HAS_ESTIMATE = has("avx512f")
 
 
 class Lanes:
-    """Sixteen float32."""
+    """Sixteen float32; or one, so that a function of lanes can be one of a number too."""
 
     def __init__(self, b: Any, value: Any) -> None:
         self.b, self.value = b, value
 
     def _other(self, other: Any) -> Any:
-        return other.value if isinstance(other, Lanes) else ir.Constant(FLOATS, [float(other)] * WIDTH)
+        return other.value if isinstance(other, Lanes) else ir.Constant(self.value.type, float(other))
 
     def __add__(self, other: Any) -> Lanes:
         return Lanes(self.b, self.b.fadd(self.value, self._other(other)))
@@ -50,7 +49,8 @@ class Lanes:
 
     def times_plus(self, factor: Any, addend: Any) -> Lanes:
         """self * factor + addend, rounded once."""
-        fma = function(self.b, "llvm.fma.v16f32", FLOATS, [FLOATS] * 3)
+        kind = self.value.type
+        fma = function(self.b, "llvm.fma.v16f32" if kind == FLOATS else "llvm.fma.f32", kind, [kind] * 3)
         return Lanes(self.b, self.b.call(fma, [self.value, self._other(factor), self._other(addend)]))
 
     def where(self, condition: Any, otherwise: Any) -> Lanes:
@@ -63,8 +63,21 @@ class Lanes:
 
     def larger(self, other: Any) -> Lanes:
         """The larger of two; the other where this is NaN."""
-        other = other if isinstance(other, Lanes) else Lanes(self.b, self._other(other))
+        other = self.filled(other)
         return self.where(other.less(self), other)
+
+    def filled(self, number: Any) -> Lanes:
+        """The number in every lane; lanes stay what they are."""
+        return Lanes(self.b, self._other(number))
+
+    def scaled(self, rounded: Lanes) -> Lanes:
+        """self * 2.0**n for `rounded` = n + 1.5 * 2**23; these numbers and the result have to be normal.
+
+        Adding that constant rounds to a whole number n, which then stands in the lowest bits.
+        """
+        kind, words = self.value.type, WORDS if self.value.type == FLOATS else _i32
+        n = self.b.shl(self.b.bitcast(rounded.value, words), ir.Constant(words, 23))
+        return Lanes(self.b, self.b.bitcast(self.b.add(self.b.bitcast(self.value, words), n), kind))
 
 
 def function(b: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -166,27 +179,6 @@ def variable(b: Any, start: Lanes) -> Any:
 def each(b: Any, count: Any) -> Any:
     """A loop over 0 .. count - 1, int64: `with each(b, count) as loop: loop.index`."""
     return cgutils.for_range(b, count, intp=_i64)
-
-
-def exp(x: Lanes, overflows: bool = False) -> Lanes:
-    """e**x as in crystal/functions/training.py: 0 below -87, NaN stays NaN. x <= 88, or with `overflows` inf above."""
-    b = x.b
-    t = spread(b, F.EXP_LOW).where(x.less(F.EXP_LOW), x)
-    if overflows:
-        t = spread(b, F.EXP_HIGH).where(spread(b, F.EXP_HIGH).less(t), t)
-    rounded = t.times_plus(F.LOG2_E, F.ROUND)
-    n = rounded - F.ROUND
-    r = n.times_plus(-F.LN2_HIGH, t)
-    r = n.times_plus(-F.LN2_LOW, r)
-    p = spread(b, F.C0)
-    for coefficient in (F.C1, F.C2, F.C3, F.C4, F.C5):
-        p = p.times_plus(r, coefficient)
-    p = p.times_plus(r * r, r) + 1.0
-    shift = ir.Constant(WORDS, [127 - int(F.ROUND_BITS)] * WIDTH)
-    exponent = b.shl(b.add(b.bitcast(rounded.value, WORDS), shift), ir.Constant(WORDS, [23] * WIDTH))
-    power = Lanes(b, b.bitcast(exponent, FLOATS))
-    result = spread(b, 0.0).where(x.less(F.EXP_LOW), p * power)
-    return spread(b, F.INFINITY).where(spread(b, F.EXP_HIGH).less(x), result) if overflows else result
 
 
 def reciprocal(x: Lanes) -> Lanes:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from cllm_spheres.crystal.functions.training import log
+from cllm_spheres.crystal.functions.double import log
 from cllm_spheres.crystal.jit import kernel
 
 u8 = np.uint64

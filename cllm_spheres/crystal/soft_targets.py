@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cllm_spheres.crystal.functions.training import exp
+from cllm_spheres.crystal.functions.single import exp
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.crystal.random import PURPOSE_NEIGHBOURS, combine, key_of, permuted
 from cllm_spheres.crystal.similarity import nearest

@@ -6,8 +6,9 @@ import numpy as np
 from numba import carray, types
 
 from cllm_spheres.crystal import lanes as L
+from cllm_spheres.crystal.functions.exponential import exp
 from cllm_spheres.crystal.jit import kernel, pointer
-from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
+from cllm_spheres.crystal.lanes import load, over, spread, store, vectorised
 
 f4 = np.float32
 _i8, _f4 = types.int64, types.float32

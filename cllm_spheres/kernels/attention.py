@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.functions.training import log
+from cllm_spheres.crystal.functions.double import log
+from cllm_spheres.crystal.functions.exponential import exp
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.crystal.lanes import exp, load, over, spread, store, vectorised
+from cllm_spheres.crystal.lanes import load, over, spread, store, vectorised
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import dot, exp_of_difference, f4, floats, row_max, scale_row
 from cllm_spheres.kernels.dropout import dropout

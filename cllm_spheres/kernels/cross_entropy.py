@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cllm_spheres.crystal.functions.training import log
+from cllm_spheres.crystal.functions.double import log
 from cllm_spheres.crystal.jit import kernel
 from cllm_spheres.kernels.arrays import exp_of_difference, f4, row_max, row_sum, scale_row, shift_row
 from cllm_spheres.kernels.products import gemm

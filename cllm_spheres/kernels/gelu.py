@@ -9,9 +9,9 @@ import math
 
 from numba import types
 
-from cllm_spheres.crystal.functions.training import EXP_HIGH
+from cllm_spheres.crystal.functions.exponential import EXP_LOW, exp
 from cllm_spheres.crystal.jit import kernel
-from cllm_spheres.crystal.lanes import Lanes, exp, load, over, reciprocal, spread, store, vectorised
+from cllm_spheres.crystal.lanes import Lanes, load, over, reciprocal, spread, store, vectorised
 
 _i8 = types.int64
 _TWICE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -30,9 +30,9 @@ def gelu_slope_lanes(x: Lanes) -> Lanes:
 
 
 def _sigmoid(x: Lanes) -> Lanes:
-    """1 / (1 + exp(-2u)); 0 where exp(-2u) would overflow."""
+    """1 / (1 + exp(-2u)); 0 where that is below the normal range."""
     z = (x * x).times_plus(_CUBIC, 1.0) * x * -_TWICE
-    return spread(x.b, 0.0).where(spread(x.b, EXP_HIGH).less(z), reciprocal(exp(z) + 1.0))
+    return spread(x.b, 0.0).where(spread(x.b, -EXP_LOW).less(z), reciprocal(exp(z) + 1.0))
 
 
 @vectorised(_i8, _i8, _i8)

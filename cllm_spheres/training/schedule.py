@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from cllm_spheres.config import Config
-from cllm_spheres.crystal.functions.training import cosine_0_pi
+from cllm_spheres.crystal.functions import elementary
 
 WSD_DECAY = 0.2  # the share of a run in which wsd decays
 
@@ -27,5 +27,5 @@ def learning_rate(step: int, config: Config) -> float:
             return config.lr
     share = min(1.0, (step - begin) / max(1, config.steps - begin))
     if config.schedule == "cosine":
-        share = 0.5 - 0.5 * cosine_0_pi(math.pi * share)
+        share = 0.5 - 0.5 * elementary.cos(math.pi * share)
     return config.lr + (config.min_lr - config.lr) * share

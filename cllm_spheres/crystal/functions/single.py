@@ -12,45 +12,36 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
+from numba import types
 
-from cllm_spheres.crystal.functions import angles, double
-from cllm_spheres.crystal.functions.bits import binade, fma, in_binade, magnitude, scaled, signed_as, turned
+from cllm_spheres.crystal.functions import angles, double, exponential
+from cllm_spheres.crystal.functions.bits import binade, fma, in_binade, magnitude, signed_as, turned
+from cllm_spheres.crystal.functions.exponential import EXP_LOW
 from cllm_spheres.crystal.functions.polynomials import cubic, seventh
 from cllm_spheres.crystal.jit import element, kernel
+from cllm_spheres.crystal.lanes import Lanes, vectorised
 
 f4, f8 = np.float32, np.float64
 ZERO, HALF, ONE, TWO, INFINITY, NAN = f4(0), f4(0.5), f4(1), f4(2), f4(np.inf), f4(np.nan)
 TINY = f4(2.0**-126)  # the smallest normal number
 TINY_8 = 2.0**-126
-ROUND = f4(1.5 * 2.0**23)  # adding it rounds to a whole number, which then stands in the low bits
-LOG2_E = f4(1.4426950408889634)
-LN2_1, LN2_2 = f4(0.6931471824645996), f4(-1.904654323148236e-09)
-EXP_LOW, EXP_HIGH = f4(-87.33654), f4(88.72284)  # e**x is normal from the first on, and overflows from the second on
-E0, E1, E2, E3, E4 = f4(0.49999994), f4(0.1666652), f4(0.041668393), f4(0.00836878), f4(0.0013814467)
 
 
-@element
-def exp_of(x):
-    """e**x where it is a normal number: elsewhere nonsense. The method is that of `exp_of` in double.py."""
-    rounded = fma(x, LOG2_E, ROUND)
-    n = rounded - ROUND
-    first = fma(n, -LN2_1, x)
-    r = fma(n, -LN2_2, first)
-    rest = fma(n, -LN2_2, first - r)
-    z = r * r
-    p = fma(E4, z * z, cubic(r, z, E0, E1, E2, E3))
-    one = ONE + r
-    tail = (r - (one - ONE)) + rest
-    return scaled(one + fma(z, p, tail), rounded)
+@vectorised(types.float32, result=types.float32)
+def exp_of(b, x):
+    """e**x where it is a normal number: elsewhere nonsense."""
+    return exponential.exp_of(Lanes(b, x)).value
+
+
+@vectorised(types.float32, result=types.float32)
+def _exp(b, x):
+    return exponential.exp(Lanes(b, x)).value
 
 
 @element
 def exp(x):
     """e**x: 0 where it is below the normal range, inf where above."""
-    y = exp_of(x)
-    y = ZERO if x < EXP_LOW else y
-    y = INFINITY if x >= EXP_HIGH else y
-    return y if x == x else x
+    return _exp(x)
 
 
 L0, L1, L2, L3 = f4(0.33333313), f4(-0.25000009), f4(0.20002119), f4(-0.16667996)
@@ -97,7 +88,7 @@ def sigmoid(x):
     """1 / (1 + exp(-x)): of exp(-|x|), so that nothing overflows."""
     t = magnitude(x)
     e = exp_of(-t)
-    e = ZERO if t > -EXP_LOW else e
+    e = ZERO if t >= -EXP_LOW else e
     d = ONE + e
     rest = e - (d - ONE)
     top = e if x < ZERO else ONE

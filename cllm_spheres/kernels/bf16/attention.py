@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.functions.training import log
+from cllm_spheres.crystal.functions.double import log
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.crystal.random import combine
 from cllm_spheres.kernels.arrays import f4, floats

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from cllm_spheres.crystal.functions.training import exp, log
+from cllm_spheres.crystal.functions.double import log
+from cllm_spheres.crystal.functions.single import exp
 from cllm_spheres.crystal.jit import entry, kernel
 from cllm_spheres.kernels.arrays import doubles, f4, floats, integers, row_sum, tokens
 from cllm_spheres.kernels.bf16.multiply import block_row, product

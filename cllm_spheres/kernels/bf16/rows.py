@@ -8,7 +8,8 @@ from __future__ import annotations
 from numba import types
 
 from cllm_spheres.crystal import lanes as L
-from cllm_spheres.crystal.lanes import each, exp, load, spread, store, total, vectorised
+from cllm_spheres.crystal.functions.exponential import exp
+from cllm_spheres.crystal.lanes import each, load, spread, store, total, vectorised
 from cllm_spheres.kernels.bf16.tiles import LINE, TILE, load_line, rounded, store_line
 from cllm_spheres.kernels.gelu import gelu_lanes, gelu_slope_lanes
 
