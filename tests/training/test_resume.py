@@ -241,9 +241,9 @@ def test_the_raw_text_that_a_run_was_begun_with_may_be_named_again(tmp_path, tok
 
 
 def test_a_run_that_goes_on_is_locked(ended):
-    from cllm_spheres.checkpoint.lock import lock
+    from cllm_spheres.checkpoint.lock import Lock
 
-    with lock(ended.run):
+    with Lock(ended.run):
         outcome = resume(ended.run, steps=30)
     assert outcome.code == 2 and "A run is going on in" in outcome.message
     assert ended.config.steps == 20
