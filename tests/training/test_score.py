@@ -23,7 +23,7 @@ from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.tokenizer import load_tokenizer
 from cllm_spheres.training import score as scoring
 from tests.faults.amounts import amount
-from tests.runs import begin, command, lives, text, train_whole, wait_until
+from tests.runs import begin, command_here, lives, text, train_whole, wait_until
 
 DTYPES = [
     "fp32",
@@ -123,7 +123,7 @@ def test_the_default_is_bounded_as_an_evaluation_of_the_training_and_says_how_to
     whole = scoring.score(run, checkpoint="last", stride=8, whole=True)
     assert whole.tokens == whole.text_tokens == one.text_tokens and whole.loss != one.loss
     (tmp_path / "text.txt").write_text(text(200))
-    shown = command("eval", run, "text.txt", cwd=tmp_path)
+    shown = command_here("eval", run, "text.txt", cwd=tmp_path)
     assert "These are 804 of" in shown.stdout and "All of them: --all, about" in shown.stdout
     with pytest.raises(InputError, match="--max-tokens 5 contradicts --all"):
         scoring.score(run, max_tokens=5, whole=True)
@@ -265,9 +265,9 @@ def test_for_an_evaluation_nothing_is_kept_but_the_weights(run, monkeypatch):
 
 def test_the_command_prints_a_table_or_nothing_but_json(run, tmp_path):
     (tmp_path / "text.txt").write_text(text(30))
-    shown = command("eval", run, "text.txt", "--stride", 4, cwd=tmp_path, env=os.environ | {"COLUMNS": "120"})
+    shown = command_here("eval", run, "text.txt", "--stride", 4, cwd=tmp_path, env={"COLUMNS": "120"})
     assert shown.returncode == 0, shown.stderr
-    written = command("eval", run, "text.txt", "--stride", 4, "--workers", 1, "--json", cwd=tmp_path)
+    written = command_here("eval", run, "text.txt", "--stride", 4, "--workers", 1, "--json", cwd=tmp_path)
     values = json.loads(written.stdout)
     assert values["block_size"] == 8 and values["stride"] == 4 and values["data"] == "text.txt"
     for name in ("tokens", "windows", "loss", "perplexity", "bits/byte", "accuracy", "tokens/s"):
