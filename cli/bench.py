@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,9 +22,17 @@ Out = Annotated[
 ]
 
 
-@bench.callback()
-def _group() -> None:
-    """Keeps the name of a command needed, however many there are."""
+def _command() -> str:
+    """As it was typed, for the head of a report."""
+    return shlex.join(["cllm-spheres", *sys.argv[1:]])
+
+
+def _measure(run: Callable[[Any], int], options: Any, left: str = "Nothing was written.") -> NoReturn:
+    """Run a benchmark, and leave with its exit code. left: what is said where Ctrl+C ends it."""
+    from cllm_spheres_cli.progress import interruptible
+
+    with interruptible(left):
+        raise typer.Exit(run(options))
 
 
 def _words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
@@ -66,7 +75,6 @@ def peers(
     """
     from cllm_spheres_bench import peers as comparison
     from cllm_spheres_bench.sizes import chosen_sizes
-    from cllm_spheres_cli.progress import interruptible
 
     from cllm_spheres.model.program import RECOMPUTE
 
@@ -75,10 +83,9 @@ def peers(
         seconds=seconds, screen_seconds=screen_seconds, workers=workers, spheres=spheres,
         modes=tuple(_words(modes, "--modes", comparison.MODES)),
         recompute=tuple(_words(recompute, "--recompute", RECOMPUTE)), out=out,
-        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        command=_command(),
     )  # fmt: skip
-    with interruptible("What was measured until then is written."):
-        raise typer.Exit(comparison.run(options))
+    _measure(comparison.run, options, "What was measured until then is written.")
 
 
 @bench.command()
@@ -102,14 +109,12 @@ def scaling(
     The chart as a file is an extra: pip install 'cllm-spheres\\[plots]'.
     """
     from cllm_spheres_bench import scaling as benchmark
-    from cllm_spheres_cli.progress import interruptible
 
     options = benchmark.Options(
         preset=preset, workers=benchmark.numbers(workers), spheres=spheres, batch_size=batch_size, seconds=seconds,
-        repeats=repeats, dtype=dtype, weak=weak, out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        repeats=repeats, dtype=dtype, weak=weak, out=out, command=_command(),
     )  # fmt: skip
-    with interruptible("Nothing was written."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options)
 
 
 @bench.command()
@@ -125,14 +130,12 @@ def kernels(
     """
     from cllm_spheres_bench import kernels as benchmark
     from cllm_spheres_bench.sizes import chosen_sizes
-    from cllm_spheres_cli.progress import interruptible
 
     options = benchmark.Options(
         sizes=chosen_sizes(sizes), repeats=repeats, seconds=seconds, out=out,
-        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        command=_command(),
     )  # fmt: skip
-    with interruptible("The sizes measured until then are written."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options, "The sizes measured until then are written.")
 
 
 @bench.command()
@@ -152,15 +155,13 @@ def generation(
     """Write with the same models here, in llama.cpp and in PyTorch, in turn, beside what memory gives."""
     from cllm_spheres_bench import generation as benchmark
     from cllm_spheres_bench.sizes import chosen_sizes
-    from cllm_spheres_cli.progress import interruptible
 
     options = benchmark.Options(
         sizes=chosen_sizes(sizes), dtypes=_words(dtypes, "--dtypes", tuple(benchmark.GGUF_DTYPES)),
         threads=benchmark.numbers(threads, "--threads"), texts=benchmark.numbers(texts, "--texts"), seconds=seconds,
-        repeats=repeats, llama=llama, out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        repeats=repeats, llama=llama, out=out, command=_command(),
     )  # fmt: skip
-    with interruptible("The sizes measured until then are written."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options, "The sizes measured until then are written.")
 
 
 @bench.command()
@@ -181,14 +182,12 @@ def faults(
     """Kill processes of runs at random: the bits must be those of an undisturbed run. Prints how soon they recover."""
     from cllm_spheres_bench import faults as benchmark
     from cllm_spheres_bench.scaling import numbers
-    from cllm_spheres_cli.progress import interruptible
 
     options = benchmark.Options(
         kills=kills, minutes=minutes, every_s=seconds, workers=numbers(workers), preset=preset, steps=steps, seed=seed,
-        out=out, command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        out=out, command=_command(),
     )  # fmt: skip
-    with interruptible("Nothing was written."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options)
 
 
 @bench.command()
@@ -209,14 +208,12 @@ def load(
     The server is an extra: pip install 'cllm-spheres\\[web]'.
     """
     from cllm_spheres_bench import load as benchmark
-    from cllm_spheres_cli.progress import interruptible
 
     options = benchmark.Options(
         run=run, clients=clients, requests=requests, tokens=tokens, bodies=bodies, slots=slots, seed=seed, out=out,
-        command=shlex.join(["cllm-spheres", *sys.argv[1:]]),
+        command=_command(),
     )  # fmt: skip
-    with interruptible("Nothing was written."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options)
 
 
 @bench.command()
@@ -251,7 +248,6 @@ def crystal(
     """
     from cllm_spheres_bench import crystal as benchmark
     from cllm_spheres_bench.crystal_grid import INITS
-    from cllm_spheres_cli.progress import interruptible
 
     from cllm_spheres.config import PRESETS
 
@@ -265,5 +261,4 @@ def crystal(
         rounds=rounds, seconds=seconds, workers=workers, work=work, out=out,
         command=benchmark.without_folders(["cllm-spheres", *sys.argv[1:]]),
     )  # fmt: skip
-    with interruptible("What is done is kept; the same command goes on."):
-        raise typer.Exit(benchmark.run(options))
+    _measure(benchmark.run, options, "What is done is kept; the same command goes on.")

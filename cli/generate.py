@@ -126,16 +126,12 @@ def _read(path: Path) -> list[str]:
     from cllm_spheres.text.folder import read_regular
 
     try:
-        lines = [
-            line.removesuffix("\r")
-            for line in read_regular(path, MOST_PROMPT_BYTES).decode().split("\n")
-            if line.strip()
-        ]
+        text = read_regular(path, MOST_PROMPT_BYTES).decode()
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from None
-    lines = [line.removesuffix("\r") for line in lines if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if path.suffix == ".jsonl":
         lines = [_prompt_of(path, number, line) for number, line in enumerate(lines, 1)]
     if not lines:

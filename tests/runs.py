@@ -34,7 +34,7 @@ COMMAND = Path(sys.executable).with_name("cllm-spheres")
 TINY = dict(
     layers=1, heads=2, width=32, ff_width=64, block_size=8, batch_size=4, spheres=4, workers=2, lr=1e-2, dtype="fp32",
 )  # fmt: skip
-WAIT_S = 60  # for what takes a second or two on an idle machine: a test that waits longer has failed
+WAIT_S = 120  # for what takes a second or two on an idle machine: a test that waits longer has failed
 
 
 def text(num_lines: int, seed: int = 0) -> str:

@@ -23,7 +23,10 @@ TRIES, TRY_AGAIN_S = 3, 0.02
 
 
 class Lock:
-    """Held from construction to `release`, the end of a `with`, or the end of the process."""
+    """Of an existing run folder: held from construction to `release`, the end of a `with`, or the end of the process.
+
+    Raises InputError where it is held already or cannot be written.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = Path(run)
@@ -86,11 +89,6 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-def lock(run: Path) -> Lock:
-    """Lock an existing run folder. Raises InputError where it is held already or cannot be written."""
-    return Lock(run)
 
 
 def is_held(run: Path) -> bool:

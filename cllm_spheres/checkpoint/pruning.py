@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cllm_spheres.checkpoint.checkpoint import NoOptimizer
 from cllm_spheres.checkpoint.files import Damaged
-from cllm_spheres.checkpoint.lock import is_held, lock
+from cllm_spheres.checkpoint.lock import Lock, is_held
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 
@@ -40,7 +40,7 @@ def prune(run: Path, *, weights_only: bool = False) -> Pruned:
     that one out. InputError where the run goes on, or no checkpoint verifies; SaveFailed where the disk refuses.
     """
     check_idle(run)
-    with lock(run):
+    with Lock(run):
         store = Store(run)
         before = _size(store.folder)
         store.tidy()

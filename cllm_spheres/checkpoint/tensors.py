@@ -6,9 +6,11 @@ hashes while it writes nor lets a single write be made to fail. Read by the libr
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -61,7 +63,7 @@ class File:
 def check(folder: Path, name: str, only: str | None = None) -> None:
     """The header fits the file's size and its dtypes are known (all `only`, if given). Raises Damaged."""
     known = {only} if only else set(DTYPES.values())
-    with _Reading(folder, name), safetensors.safe_open(folder / name, framework="numpy") as file:
+    with _opened(folder, name) as file:
         for key in file.keys():  # noqa: SIM118
             dtype = file.get_slice(key).get_dtype()
             if dtype not in known:
@@ -70,26 +72,22 @@ def check(folder: Path, name: str, only: str | None = None) -> None:
 
 def shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Each tensor's name and shape, from the header alone. Raises Damaged."""
-    with _Reading(folder, name), safetensors.safe_open(folder / name, framework="numpy") as file:
+    with _opened(folder, name) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def iterate(folder: Path, name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's name and its array, a writable copy: one in memory at a time. Raises Damaged."""
-    with _Reading(folder, name), safetensors.safe_open(folder / name, framework="numpy") as file:
+    with _opened(folder, name) as file:
         for key in file.keys():  # noqa: SIM118
             yield key, file.get_tensor(key)
 
 
-class _Reading:
-    """What the library says about a file it cannot read, as Damaged."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, safetensors.SafetensorError | OSError | UnicodeError):
-            raise Damaged(self.folder, f"{self.name} cannot be read: {error}") from None
+@contextlib.contextmanager
+def _opened(folder: Path, name: str) -> Iterator[Any]:
+    """A file as the library reads it; what it says about one that it cannot read becomes Damaged."""
+    try:
+        with safetensors.safe_open(folder / name, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, UnicodeError) as error:
+        raise Damaged(folder, f"{name} cannot be read: {error}") from None

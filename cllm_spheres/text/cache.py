@@ -14,9 +14,8 @@ from typing import Any
 from cllm_spheres import caches
 from cllm_spheres.errors import InputError
 from cllm_spheres.text import folder as folders
-from cllm_spheres.text.embedded import embedded_files, embedded_name
-from cllm_spheres.text.files import FileList, list_files
-from cllm_spheres.text.prepare import Progress, Settings, no_text, prepare_files
+from cllm_spheres.text.files import FileList
+from cllm_spheres.text.prepare import Progress, Settings, find, no_text, prepare_files
 from cllm_spheres.text.prepared import Prepared
 
 
@@ -43,8 +42,7 @@ def prepare_cached(
         return Prepared.open(source_paths[0])
     settings = Settings(tokenizer, vocab_size, val_fraction, exact, given)
     settings.check()
-    files = embedded_files() if source_paths is None else list_files(source_paths)
-    sources = [embedded_name()] if source_paths is None else list(map(str, source_paths))
+    files, sources = find(source_paths)
     if not files.paths:
         raise no_text(sources, files.skipped)
     cache = cache_folder()

@@ -94,9 +94,15 @@ def prepare(
         paths = [paths]
     out = Path(out)
     folder.check_target(out)
-    files = embedded_files() if paths is None else list_files(paths)
-    sources = [embedded_name()] if paths is None else list(map(str, paths))
+    files, sources = find(paths)
     return prepare_files(files, sources, out, settings, processes=processes, progress=progress)
+
+
+def find(paths: Sequence[str | Path] | None) -> tuple[FileList, list[str]]:
+    """The files to read, and what the text is called: those of `paths`, or for None the embedded corpus."""
+    if paths is None:
+        return embedded_files(), [embedded_name()]
+    return list_files(paths), list(map(str, paths))
 
 
 def prepare_files(

@@ -16,7 +16,7 @@ from typing import Any
 from cllm_spheres.checkpoint.disk import Disk
 from cllm_spheres.checkpoint.held import Held
 from cllm_spheres.checkpoint.lock import NAME as LOCK
-from cllm_spheres.checkpoint.lock import Lock, is_held, lock
+from cllm_spheres.checkpoint.lock import Lock, is_held
 from cllm_spheres.config import Config
 from cllm_spheres.errors import InputError
 from cllm_spheres.events import PREPARING, dumps, event, read
@@ -102,7 +102,7 @@ class NewRun:
                     self._made.insert(0, path)
                 if self._wanted is None and path not in self._made:
                     continue  # another run of this very second has just taken the name
-                self.path, self._lock = path, lock(path)
+                self.path, self._lock = path, Lock(path)
                 check_new(path)  # another process may have made a run here just before the lock was taken
                 (path / METRICS).unlink(missing_ok=True)  # of one that died while it prepared its text
                 self._folder = Held(path)

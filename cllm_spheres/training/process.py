@@ -39,7 +39,7 @@ def say(**message: Any) -> None:
 def run_training(server: Server, launcher: Launcher) -> dict[str, Any]:
     """Train as ordered; the outcome: exit code and message."""
     from cllm_spheres.checkpoint.held import Held
-    from cllm_spheres.checkpoint.lock import lock
+    from cllm_spheres.checkpoint.lock import Lock
 
     # The end of the input alone would not do: whom the launcher has forked meanwhile may hold it open.
     ready, _, _ = select.select([sys.stdin, launcher.handle], [], [])
@@ -52,7 +52,7 @@ def run_training(server: Server, launcher: Launcher) -> dict[str, Any]:
     try:
         if run.identity != order["folder"]:
             raise InputError(f"{run.name} is another folder now than the one that was made for this run.")
-        with lock(run.path):
+        with Lock(run.path):
             outcome = _train(run, order, server, launcher)
     except SpheresError as error:
         outcome = {"code": error.exit_code, "message": f"{type(error).__name__}: {error}"}

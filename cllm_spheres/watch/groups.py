@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from rich.segment import Segment
+
 from cllm_spheres.spheres import topology
 from cllm_spheres.units import compact
 from cllm_spheres.watch.paint import (
     ACCENT,
-    BAD,
     DIM,
     FRAME,
     GOOD,
@@ -37,25 +38,18 @@ CARD_WIDTH = 36  # the least for a row a sphere
 STRIP_WIDTH = 24  # a strip a group, without its characters for spheres
 GAP = 2
 
-# By the first letters of a state: its short word, its style.
-_STATES = (
-    ("pack", "pack", NOTE),
-    ("comput", "compute", GOOD),
-    ("wait", "waiting", WARM),
-    ("gather", "gather", ACCENT),
-    ("updat", "update", VIOLET),
-    ("eval", "eval", ACCENT),
-    ("start", "start", NOTE),
-    ("run", "running", GOOD),
-    ("idle", "idle", DIM),
-    ("lost", "lost", BAD),
-    ("dead", "dead", BAD),
-    ("fail", "failed", BAD),
-    ("hung", "hung", BAD),
-    ("end", "ended", DIM),
-    ("stop", "stopped", DIM),
-    ("done", "done", DIM),
-)
+# A worker's state (spheres/memory.py) -> its short word, its style.
+_STATES = {
+    "starting": ("start", NOTE),
+    "idle": ("idle", DIM),
+    "packing": ("pack", NOTE),
+    "computing": ("compute", GOOD),
+    "waiting": ("waiting", WARM),
+    "gathering": ("gather", ACCENT),
+    "updating": ("update", VIOLET),
+    "evaluating": ("eval", ACCENT),
+    "ended": ("ended", DIM),
+}
 
 
 @lru_cache(maxsize=8)
@@ -88,18 +82,9 @@ def _legend(inner: int, form: str) -> Line:
     return [seg(f"{form}: tokens/s   colour: ", DIM), *line] if inner >= 100 else line
 
 
-def _state(word: str) -> tuple[str, str]:
-    word = word.lower()
-    for start, short, _ in _STATES:
-        if word.startswith(start):
-            return short, start
-    return word or "–", ""
-
-
-def _state_segment(word: str, width: int):
-    short, start = _state(word)
-    style = next((s for begin, _, s in _STATES if begin == start), INK)
-    return seg(short[:width].ljust(width), style)
+def _state_segment(state: str, width: int) -> Segment:
+    word, style = _STATES.get(state, (state or "–", INK))
+    return seg(word[:width].ljust(width), style)
 
 
 def _share(value: float | None) -> str:
@@ -174,9 +159,6 @@ def _strip(view: RunView, g: int, group: tuple[int, ...], cells: int, fastest: f
     if spheres is None or group[-1] >= len(spheres):
         return [*line, seg("·" * len(group), FRAME)]
     for k in group:
-        if _state(spheres.state[k])[1] in ("lost", "dead", "fail", "hung"):
-            line.append(seg("×", BAD))
-            continue
         speed = spheres.throughput[k]
         height = HEIGHTS[min(7, int(8 * (speed or 0.0) / fastest))] if fastest > 0 else "·"
         line.append(seg(height, heat(spheres.waiting[k])))
@@ -189,6 +171,6 @@ def _strip(view: RunView, g: int, group: tuple[int, ...], cells: int, fastest: f
         seg(f" {compact(sum(speeds) if speeds else None):>5}{unit}", INK),
     ]
     line.append(seg(f" {_share(waiting).replace(' ', '').rjust(4)}", heat(waiting)))
-    words = [spheres.state[k] for k in group]
-    word = min(set(words), key=lambda w: (-(_state(w)[1] in ("lost", "dead", "fail", "hung")), -words.count(w), w))
-    return [*line, seg(" "), _state_segment(word, 7)]
+    states = [spheres.state[k] for k in group]
+    most = min(set(states), key=lambda state: (-states.count(state), state))
+    return [*line, seg(" "), _state_segment(most, 7)]

@@ -59,7 +59,6 @@ class RunView:
         self.predicted_s: float | None = None  # what the run will take, by its rehearsal
         self.started: float | None = None  # of the latest start or resume
         self.last_time: float | None = None
-        self.num_records = 0
         self._phase = "starting"  # preparing text, starting, running, stopping, ended, failed
         self._best: list[tuple[int, float]] = []  # falling minima of the validation loss
         self._first_step = 0  # the step this start or resume began from
@@ -75,7 +74,6 @@ class RunView:
         self.facts = {k: v for k, v in values.items() if v is not None} | self.facts
 
     def add(self, record: Record) -> None:
-        self.num_records += 1
         time = number(record, "time")
         if time is not None:
             self.last_time = time

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cllm_spheres.checkpoint.lock import is_held, lock
+from cllm_spheres.checkpoint.lock import Lock, is_held
 from cllm_spheres.errors import InputError
 
 
@@ -19,7 +19,7 @@ def hold(run):
     ready, say = os.pipe()
     child = os.fork()
     if child == 0:
-        held = lock(run)
+        held = Lock(run)
         os.write(say, b"x")
         signal.pause()
         held.release()
@@ -37,14 +37,14 @@ def forget(held):
 
 
 def test_a_second_run_into_one_folder_is_refused_and_told_the_pid(run):
-    with lock(run), pytest.raises(InputError, match=rf"A run is going on in {run} \(pid {os.getpid()}\)"):
-        lock(run)
-    lock(run).release()
+    with Lock(run), pytest.raises(InputError, match=rf"A run is going on in {run} \(pid {os.getpid()}\)"):
+        Lock(run)
+    Lock(run).release()
 
 
 def test_asking_whether_a_run_is_locked_keeps_nobody_from_locking_it(run, monkeypatch):
     assert not is_held(run)
-    with lock(run):
+    with Lock(run):
         assert is_held(run)
         (run / "lock").unlink()
         assert is_held(run)
@@ -52,27 +52,27 @@ def test_asking_whether_a_run_is_locked_keeps_nobody_from_locking_it(run, monkey
     asking = os.open(run, os.O_RDONLY)
     fcntl.flock(asking, fcntl.LOCK_SH)  # as is_held does, for a moment
     monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(asking, fcntl.LOCK_UN))
-    lock(run).release()
+    Lock(run).release()
     os.close(asking)
 
 
 def test_a_killed_holder_leaves_no_lock(run):
     child = hold(run)
     with pytest.raises(InputError, match=f"pid {child}"):
-        lock(run)
+        Lock(run)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    lock(run).release()
+    Lock(run).release()
 
 
 def test_a_run_stays_locked_where_the_file_of_its_lock_is_deleted(run):
-    with lock(run):
+    with Lock(run):
         (run / "lock").unlink()
         with pytest.raises(InputError, match="A run is going on in"):
-            lock(run)
+            Lock(run)
         with pytest.raises(InputError, match="A run is going on in"):  # the file is there again, and says nobody
-            lock(run)
-    lock(run).release()
+            Lock(run)
+    Lock(run).release()
 
 
 def test_the_file_alone_counts_where_a_file_system_locks_no_folders(run, monkeypatch):
@@ -83,22 +83,22 @@ def test_the_file_alone_counts_where_a_file_system_locks_no_folders(run, monkeyp
 
     real = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
-        lock(run)
-    lock(run).release()
+    with Lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+        Lock(run)
+    Lock(run).release()
 
 
 @pytest.mark.parametrize("pid", [4194305, 1, None])
 def test_a_lock_file_that_nobody_holds_does_not_block_whatever_it_says(run, pid):
     (run / "lock").write_text("nonsense" if pid is None else f"{pid}\n")  # a dead process, a living one, neither
-    with lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
-        lock(run)
-    lock(run).release()
+    with Lock(run), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+        Lock(run)
+    Lock(run).release()
 
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
-    held = lock(run)
+    held = Lock(run)
     ready, say = os.pipe()
     child = os.fork()
     if child == 0:
@@ -113,20 +113,20 @@ def test_a_forked_child_keeps_the_lock_unless_it_closes_it(run, closes):
     try:
         if closes:
             with pytest.raises(InputError):  # closing in the child did not unlock
-                lock(run)
+                Lock(run)
         forget(held)
         if closes:
-            lock(run).release()
+            Lock(run).release()
         else:
             with pytest.raises(InputError):
-                lock(run)
+                Lock(run)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
 def test_a_program_started_by_exec_does_not_keep_the_lock(run):
-    held = lock(run)
+    held = Lock(run)
     program = subprocess.Popen(
         [sys.executable, "-c", "print(flush=True); input()"],
         stdin=subprocess.PIPE,
@@ -136,13 +136,13 @@ def test_a_program_started_by_exec_does_not_keep_the_lock(run):
     try:
         program.stdout.readline()  # it has been started by now
         forget(held)
-        lock(run).release()
+        Lock(run).release()
     finally:
         program.communicate(b"\n")
 
 
 def test_releasing_twice_does_nothing(run):
-    held = lock(run)
+    held = Lock(run)
     held.release()
     held.release()
 
@@ -156,4 +156,4 @@ def test_a_folder_that_cannot_be_locked_is_said_so(run, what):
     else:
         (run / "lock").symlink_to("lock")
     with pytest.raises(InputError, match="Cannot lock the run"):
-        lock(run)
+        Lock(run)

@@ -207,8 +207,8 @@ def test_bad_input_ends_with_2_and_says_what_to_do_and_leaves_nothing(place, cor
 
 
 def test_a_run_that_is_bad_input_only_for_node_zero_ends_with_2_too(trained, tmp_path):
-    from cllm_spheres.checkpoint.lock import lock
+    from cllm_spheres.checkpoint.lock import Lock
 
-    with lock(trained):
+    with Lock(trained):
         result = command("train", "--resume", "--run", trained, "--steps", 9, "--plain", cwd=tmp_path)
     assert result.returncode == 2 and "A run is going on in" in result.stderr

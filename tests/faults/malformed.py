@@ -32,9 +32,7 @@ from cllm_spheres.training.folder import made_with
 from cllm_spheres.training.plan import shape_of
 
 WHOLE = os.environ.get("CLLM_FAULTS") == "whole"
-LIMIT_S = int(
-    os.environ.get("LIM", 20)
-)  # for one input, which takes milliseconds; a machine with other work is slow, not a hundred times
+LIMIT_S = 40  # for one input, which takes milliseconds; a machine with other work is slow, not a hundred times
 MOST_CHARACTERS = 1500  # of a message: a paragraph, and room for the paths in it
 tried: Counter[str] = Counter()  # kind of input -> how many
 

@@ -179,7 +179,7 @@ toml_texts = st.lists(
 tomls = toml_texts.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=80)
 
 
-@many(1000, 100)
+@many(1000, 40)
 @given(data=tomls)
 def test_a_toml_of_any_content_is_taken_or_refused(place, good, data):
     path = place / "options.toml"
@@ -665,7 +665,7 @@ lines_of_metrics = st.one_of(
 )
 
 
-@many(1000, 70)
+@many(1000, 40)
 @given(data=st.data())
 def test_metrics_of_any_content_are_shown(place, good_run, data):
     with copy_of(good_run, place) as run:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cllm_spheres.checkpoint.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER
-from cllm_spheres.checkpoint.lock import lock
+from cllm_spheres.checkpoint.lock import Lock
 from cllm_spheres.checkpoint.store import Store
 from cllm_spheres.errors import InputError
 from cllm_spheres.inference.model import load
@@ -100,7 +100,7 @@ def test_runs_without_a_name_that_begin_in_the_same_second_have_different_names(
 
 def test_two_runs_of_one_name_are_not_made_at_once(char_corpus, tmp_path):
     (tmp_path / "run").mkdir()
-    with lock(tmp_path / "run"), pytest.raises(InputError, match="A run is going on in"):  # the other is being made
+    with Lock(tmp_path / "run"), pytest.raises(InputError, match="A run is going on in"):  # the other is being made
         session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=tmp_path / "run", file=None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     session.new_run(char_corpus, OPTIONS | {"steps": 3}, run=tmp_path / "run", file=None)  # it was given up

@@ -21,6 +21,7 @@ from tests.runs import (
     Outcome,
     begin,
     command,
+    command_here,
     finished,
     resume,
     start,
@@ -46,10 +47,10 @@ def test_workers_come_and_go_while_a_run_goes_on_and_its_bits_stay(undisturbed, 
         assert re.match(rf"{workers} workers? from step [\d,]+ on, {before} before\. The bits stay the same\.", told)
         Family.of(os.getpid(), workers)
     assert ask(run, {"workers": 3}) == "It has 3 workers already."
-    said = command("scale", run, "--workers", 4)
+    said = command_here("scale", run, "--workers", 4, cwd=tmp_path)
     assert said.returncode == 0 and said.stdout.startswith("4 workers from step")
     for workers, message in ((8, "this run has 7 spheres, and takes 1 to 7"), (0, "")):
-        refused = command("scale", run, "--workers", workers)
+        refused = command_here("scale", run, "--workers", workers, cwd=tmp_path)
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
     outcome = finished(launch)
     assert outcome.code == 0, outcome.message
@@ -92,13 +93,13 @@ def test_the_same_command_begins_goes_on_and_says_that_it_has_ended(corpus, tmp_
     second = command(*call, "auto")
     assert second.returncode == 0 and "Resumed at step 120 from step-00000120." in second.stdout, second.stderr
     assert Outcome(tmp_path / "run", 0, "").files == straight.files
-    third = command(*call, "auto")
+    third = command_here(*call, "auto", cwd=tmp_path)
     assert third.returncode == 0 and "is finished: step 300 of 300" in third.stdout
-    other = command(*call, "auto", "--layers", 2)
+    other = command_here(*call, "auto", "--layers", 2, cwd=tmp_path)
     assert other.returncode == 2 and "was begun with --layers 1, and 2 was given" in other.stderr
-    alone = command("train", "--resume", "auto")
+    alone = command_here("train", "--resume", "auto", cwd=tmp_path)
     assert alone.returncode == 2 and "--resume auto needs --run" in alone.stderr
-    equals = command(*call[:-1], "--resume=auto")
+    equals = command_here(*call[:-1], "--resume=auto", cwd=tmp_path)
     assert equals.returncode == 0 and "is finished" in equals.stdout
 
 
@@ -149,9 +150,8 @@ def test_a_run_that_fails_saves_its_last_whole_step(corpus, tmp_path):
 
 
 def test_a_fault_that_cannot_be_leaves_no_run_behind(corpus, tmp_path):
-    refused = command(
-        "train", corpus, *words(TINY), "--steps", 5, "--run", tmp_path / "run", "--fault", "forward:9:0:kill"
-    )
+    asked = ["train", corpus, *words(TINY), "--steps", 5, "--run", tmp_path / "run", "--fault", "forward:9:0:kill"]
+    refused = command_here(*asked, cwd=tmp_path)
     assert refused.returncode == 2 and "step 9 is not among those of this run, 1 to 5" in refused.stderr
     assert not (tmp_path / "run").exists()
 

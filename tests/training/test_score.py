@@ -22,7 +22,8 @@ from cllm_spheres.text import prepare as prepare_module
 from cllm_spheres.text.prepare import prepare
 from cllm_spheres.text.tokenizer import load_tokenizer
 from cllm_spheres.training import score as scoring
-from tests.runs import begin, command, lives, text, train_whole, wait_until
+from tests.faults.amounts import amount
+from tests.runs import begin, command_here, lives, text, train_whole, wait_until
 
 DTYPES = [
     "fp32",
@@ -68,9 +69,18 @@ def twin(model, ids, block_size, stride):
     return np.array(losses), np.array(right), np.array(unsure)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [2, 5, 8, 9, 10, 121])  # one token to predict, less than a block, one, one more
-@pytest.mark.parametrize(("block_size", "stride"), [(8, 8), (8, 3), (8, 1), (5, 5), (5, 2), (1, 1)])
+LENGTHS = (2, 5, 8, 9, 10, 121)  # one token to predict, less than a block, one, one more
+WINDOWS = [(8, 8), (8, 3), (8, 1), (5, 5), (5, 2), (1, 1)]
+# In the short form every length once, every window twice, and three cases in bfloat16.
+SOME = [(n, *WINDOWS[(i + j) % 6]) for i, n in enumerate(LENGTHS) for j in (0, 1)]
+CASES = [
+    pytest.param(dtype, *case, marks=DTYPES[1].marks if dtype == "bf16" else ())
+    for dtype, short in (("fp32", SOME), ("bf16", SOME[1::4]))
+    for case in amount(short, [(n, *window) for n in LENGTHS for window in WINDOWS])
+]
+
+
+@pytest.mark.parametrize(("dtype", "length", "block_size", "stride"), CASES)
 def test_loss_and_accuracy_are_those_of_one_call_per_token(run, tmp_path, dtype, length, block_size, stride):
     words = text(20, seed=length)[100 : 100 + length]
     (tmp_path / "text.txt").write_text(words)
@@ -113,7 +123,7 @@ def test_the_default_is_bounded_as_an_evaluation_of_the_training_and_says_how_to
     whole = scoring.score(run, checkpoint="last", stride=8, whole=True)
     assert whole.tokens == whole.text_tokens == one.text_tokens and whole.loss != one.loss
     (tmp_path / "text.txt").write_text(text(200))
-    shown = command("eval", run, "text.txt", cwd=tmp_path)
+    shown = command_here("eval", run, "text.txt", cwd=tmp_path)
     assert "These are 804 of" in shown.stdout and "All of them: --all, about" in shown.stdout
     with pytest.raises(InputError, match="--max-tokens 5 contradicts --all"):
         scoring.score(run, max_tokens=5, whole=True)
@@ -255,9 +265,9 @@ def test_for_an_evaluation_nothing_is_kept_but_the_weights(run, monkeypatch):
 
 def test_the_command_prints_a_table_or_nothing_but_json(run, tmp_path):
     (tmp_path / "text.txt").write_text(text(30))
-    shown = command("eval", run, "text.txt", "--stride", 4, cwd=tmp_path, env=os.environ | {"COLUMNS": "120"})
+    shown = command_here("eval", run, "text.txt", "--stride", 4, cwd=tmp_path, env={"COLUMNS": "120"})
     assert shown.returncode == 0, shown.stderr
-    written = command("eval", run, "text.txt", "--stride", 4, "--workers", 1, "--json", cwd=tmp_path)
+    written = command_here("eval", run, "text.txt", "--stride", 4, "--workers", 1, "--json", cwd=tmp_path)
     values = json.loads(written.stdout)
     assert values["block_size"] == 8 and values["stride"] == 4 and values["data"] == "text.txt"
     for name in ("tokens", "windows", "loss", "perplexity", "bits/byte", "accuracy", "tokens/s"):

@@ -32,7 +32,7 @@ from tests.runs import (
 )
 
 # Steps of some milliseconds, so that a signal comes in the middle of the run.
-LONG = dict(layers=2, width=64, ff_width=256, block_size=64, batch_size=16, steps=240, eval_every=100, eval_tokens=640)
+LONG = dict(layers=2, width=64, ff_width=256, block_size=64, batch_size=8, steps=240, eval_every=100, eval_tokens=640)
 ENDLESS = dict(steps=10_000_000, eval_every=10_000_000, save_every=10_000_000, eval_tokens=64)
 
 

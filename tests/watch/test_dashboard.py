@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from cllm_spheres import events
+from cllm_spheres.spheres.memory import State
 from cllm_spheres.watch import groups
 from cllm_spheres.watch.dashboard import read, render, svg
 from cllm_spheres.watch.plot import Curve, plot, spark, ticks
@@ -76,12 +77,13 @@ def test_before_the_first_step_it_says_what_it_waits_for():
     assert any("waiting for the first step" in line for line in text_of(started, 80, 24))
 
 
-def test_a_lost_sphere_is_seen_in_both_forms():
+def test_every_state_of_a_worker_has_its_word():
+    assert groups._STATES.keys() == {state.name.lower() for state in State}
     view = view_of(63)
     assert view.spheres is not None
-    view.spheres.state[40] = "lost"
+    view.spheres.state[:] = ["evaluating"] * 63
     for size in ((80, 24), (160, 50)):
-        assert any("lost" in line for line in text_of(view, *size)), size
+        assert any("eval" in line for line in text_of(view, *size)), size
 
 
 def test_without_colours_the_phases_are_told_apart_by_their_characters():

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.runs import WAIT_S, command, lives, shared_files, wait_until
+from tests.runs import WAIT_S, command_here, lives, shared_files, wait_until
 from tests.web.served import Served
 
 # Greedy, it never comes to an end of text; it takes minutes, if nobody ends it.
@@ -244,8 +244,8 @@ def test_a_signal_while_the_models_are_loaded_ends_it(run):
 # --- the beginning
 
 
-def test_a_port_in_use_names_who_uses_it(served, run):
-    done = command("serve", run, "--port", served.port)
+def test_a_port_in_use_names_who_uses_it(served, run, tmp_path):
+    done = command_here("serve", run, "--port", served.port, cwd=tmp_path)
     assert done.returncode == 2
     assert f"Port {served.port} of 127.0.0.1 is in use by process {served.process.pid}" in done.stderr
     assert f"--port {served.port + 1}" in done.stderr and "Traceback" not in done.stderr
@@ -266,14 +266,15 @@ def test_a_port_in_use_names_who_uses_it(served, run):
 def test_what_cannot_be_served_is_refused_in_words(run, tmp_path, words, said):
     (tmp_path / "KEY").write_text("x" * 20)
     (tmp_path / "EMPTY").write_text("")
-    done = command("serve", run, "--port", "0", *words, cwd=tmp_path)
+    done = command_here("serve", run, "--port", "0", *words, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.startswith("InputError"), done.stderr
 
 
 def test_runs_that_are_none_or_have_the_same_name(run, tmp_path):
-    assert "There is no run" in command("serve", tmp_path / "nothing", "--port", "0").stderr
+    done = command_here("serve", tmp_path / "nothing", "--port", "0", cwd=tmp_path)
+    assert "There is no run" in done.stderr
     (tmp_path / "run").mkdir()
-    done = command("serve", run, tmp_path / "run")
+    done = command_here("serve", run, tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2 and "both named run" in done.stderr
 
 
