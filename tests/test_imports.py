@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,9 @@ def test_no_tracked_file_names_a_folder_of_somebodys_machine():
         lines = content.decode("utf-8", "replace").splitlines()
         wrong += [f"{name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if place.search(line)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_of_the_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "cllm_spheres").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} == {name for name in listed if name.partition(".")[0] == "cllm_spheres"}
