@@ -166,4 +166,5 @@ def test_no_tracked_file_names_a_folder_of_somebodys_machine():
 def test_every_folder_of_the_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "cllm_spheres").rglob("__init__.py")}
-    assert {".".join(folder.parts) for folder in folders} == {name for name in listed if name.partition(".")[0] == "cllm_spheres"}
+    ours = {name for name in listed if name.partition(".")[0] == "cllm_spheres"}
+    assert {".".join(folder.parts) for folder in folders} == ours
