@@ -105,5 +105,6 @@ def test_the_bits_are_those_of_training(rng, buffer):
     m, i, o = 9, 700, 65
     x, w, b = (rng.standard_normal(size, np.float32) for size in ((m, i), (i, o), (o,)))
     out = buffer(m, o)
-    linear_forward(x, w, b, out, buffer(product_floats(m)).ctypes.data)
+    at = [array.ctypes.data for array in (x, w, b)]
+    linear_forward(m, i, o, *at, 0, out.ctypes.data, buffer(product_floats(m)).ctypes.data)
     assert np.array_equal(out, multiply(x, w, in_strips(w, False, False, buffer), False, buffer, bias=b))

@@ -79,7 +79,7 @@ def test_a_run_ends_although_a_replacement_is_stopped_right_after_its_fork(going
     assert family.alive == [] and not lives(replacement)
     if number == signal.SIGTERM:
         last = outcome.of("step")[-1]["step"]
-        assert outcome.code == 143 and f"Stopped by SIGTERM. Saved step {last}." in outcome.message
+        assert outcome.code == 143 and f"Stopped by SIGTERM. Saved step {last:,}." in outcome.message
         assert Store(outcome.run).steps()[-1] == last
 
 
