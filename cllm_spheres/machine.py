@@ -18,6 +18,7 @@ from cllm_spheres.errors import InputError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 62  # version 1 writes nearly 2**63 where there is none
+_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES = -3, 1 << 17
 
 
 def check_platform() -> None:
@@ -108,9 +109,18 @@ def available_memory() -> int:
     return max(0, min(available))
 
 
+def keep_no_large_blocks() -> None:
+    """From now on each block of 128 KB or more goes back to the kernel when it is freed.
+
+    So it begins in glibc; left alone it raises that size, up to 32 MB, as such blocks are freed.
+    """
+    with contextlib.suppress(AttributeError):  # other C libraries
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES)
+
+
 def give_memory_back() -> None:
     """Have the C library give freed memory back to the kernel, where it can: glibc keeps it for what comes next."""
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError):  # other C libraries
         ctypes.CDLL(None).malloc_trim(0)
 
 

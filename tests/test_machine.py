@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,3 +174,17 @@ def test_what_was_freed_between_others_is_given_back():
     for block in blocks[1::2]:
         libc.free(block)
     assert given_back > 40 * 10**6  # of 50 MB: blocks do not end at pages
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps nothing, or cannot be told")
+def test_large_blocks_are_given_back_as_they_are_freed():
+    code = (
+        "import numpy as np\nfrom cllm_spheres import machine\nfrom cllm_spheres.training.footprint import own_bytes\n"
+        "{before}np.ones(3_000_000)\nblocks = [np.ones(1_000_000) for _ in range(6)]\nwhole = own_bytes('self')\n"
+        "del blocks[:-1]\nprint(whole - own_bytes('self'))\n"
+    )
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code.format(before=before)], capture_output=True, check=True).stdout)
+        for before in ("", "machine.keep_no_large_blocks()\n")
+    )
+    assert kept < 10**6 and given_back > 39 * 10**6  # of 40 MB, below one that is still in use

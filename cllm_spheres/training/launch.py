@@ -29,9 +29,6 @@ from cllm_spheres.training.signals import HEEDED, STOP_SIGNALS
 if TYPE_CHECKING:
     from cllm_spheres.training.folder import Plan
 
-# Of Node Zero: from this size on glibc gives back to the kernel what is freed. Left alone it raises that to 32 MB.
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-
 
 class Launch:
     """Node Zero's process: it warms up from the beginning, and works once it has a plan to obey.
@@ -60,8 +57,7 @@ class Launch:
             with raised_files():
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "cllm_spheres.training.process", str(os.getpid()), *_likely(options)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    env={**clean_environment(), **GIVEN_BACK},
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
                 )  # fmt: skip
         except OSError as error:
             raise InputError(

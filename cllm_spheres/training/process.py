@@ -40,7 +40,9 @@ def run_training(server: Server, launcher: Launcher) -> dict[str, Any]:
     """Train as ordered; the outcome: exit code and message."""
     from cllm_spheres.checkpoint.held import Held
     from cllm_spheres.checkpoint.lock import Lock
+    from cllm_spheres.machine import keep_no_large_blocks
 
+    keep_no_large_blocks()
     # The end of the input alone would not do: whom the launcher has forked meanwhile may hold it open.
     ready, _, _ = select.select([sys.stdin, launcher.handle], [], [])
     line = sys.stdin.buffer.readline() if sys.stdin in ready else b""
