@@ -18,11 +18,11 @@ train: .venv/installed
 	echo "All of it took $$(($$(date +%s) - $(BEGAN))) s. More text: $(BIN)/cllm-spheres generate --prompt 'class '"
 
 # Two tests at a time. The kernels are compiled first, because both processes would compile all of them.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 25 -m "not bench"
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 25
 
 test: .venv/installed-dev
 	$(BIN)/python -m tests.compile
-	$(PYTEST)
+	$(PYTEST) -m "not bench"
 
 # Small runs of the benchmarks, one at a time, because they measure.
 test-bench: .venv/installed-dev
@@ -33,7 +33,7 @@ test-backends: .venv/installed-dev
 	levels=$$($(BIN)/python -m cllm_spheres.crystal.cpu) || exit 1; \
 	for level in $$(echo "$$levels" | head -n -1); do \
 		echo "CLLM_SPHERES_CPU=$$level" && export CLLM_SPHERES_CPU=$$level && \
-		$(BIN)/python -m tests.compile && $(PYTEST) || exit 1; done
+		$(BIN)/python -m tests.compile && $(PYTEST) -m "not bench" || exit 1; done
 
 # The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.
 faults: .venv/installed-dev
@@ -51,7 +51,8 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not bench" --timeout 120
+	$(BIN)/python -m tests.compile
+	$(PYTEST) -m "not slow and not bench" --timeout 120
 
 # What lm-evaluation-harness says of a run behind our server: make harness RUN=runs/NAME. It takes about 1 GB of disk.
 harness: .venv/installed .venv-harness/installed

@@ -9,6 +9,10 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUM
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("no deadline", deadline=None)  # an example may compile, and others use the cores too
+settings.load_profile("no deadline")
 
 MARGIN = 17  # floats; odd, so that no kernel may rely on alignment beyond a float's
 

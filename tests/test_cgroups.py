@@ -16,7 +16,7 @@ import pytest
 
 from cllm_spheres import machine
 from cllm_spheres.events import read
-from tests.runs import COMMAND, Family, corpus, wait_for_step, wait_until, words  # noqa: F401
+from tests.runs import COMMAND, WAIT_S, Family, corpus, wait_for_step, wait_until, words  # noqa: F401
 
 MB = 10**6
 # Of each controller: the file of its limit in version 2 and in version 1.
@@ -54,8 +54,9 @@ class Group:
             if folder is None:
                 pytest.skip(f"this machine shows no control group for {controller}")
             try:
-                (folder / "cllm-spheres-test").mkdir(exist_ok=True)
-                self.folders.append(inside := folder / "cllm-spheres-test")
+                inside = folder / f"cllm-spheres-test-{os.getpid()}"
+                inside.mkdir(exist_ok=True)
+                self.folders.append(inside)
                 if (inside / new).exists():
                     (inside / new).write_text(f"{value} 100000" if controller == "cpu" else f"{value}")
                 else:
@@ -71,7 +72,7 @@ class Group:
 
     def run(self, *words: object, **options: object) -> subprocess.CompletedProcess:
         return subprocess.run(
-            list(map(str, words)), preexec_fn=self.join, capture_output=True, text=True, timeout=120, **options
+            list(map(str, words)), preexec_fn=self.join, capture_output=True, text=True, timeout=2 * WAIT_S, **options
         )
 
     def close(self) -> None:

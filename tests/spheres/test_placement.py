@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -87,8 +88,9 @@ def test_cores_are_read_as_the_kernel_lists_them(tmp_path):
     assert len({(core.socket, core.cache) for core in read_cores([500, 501], tmp_path)}) == 1  # nothing is said
 
 
-# CPUs that no machine of the tests has, so that runs under way here are not in the way
-FAR = machine(1, 1, 4, first_cpu=1_000_000)
+# CPUs that no machine of the tests has, others in each process that runs tests: no run under way is in the way
+PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+FAR = machine(1, 1, 4, first_cpu=1_000_000 + 4 * PROCESS)
 
 
 def test_two_runs_take_different_cores_and_a_third_is_not_pinned():

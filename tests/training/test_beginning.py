@@ -67,10 +67,6 @@ def test_shape_and_tokenizer_are_the_models_and_config_toml_says_where_it_lay(fu
     assert [tokenizer.encode(one) for one in texts] == ids
 
 
-def test_the_bits_do_not_depend_on_the_number_of_workers(further, book, tmp_path):
-    assert begun(book, tmp_path / "run", GOLDEN / "plain", keep=10, workers=1).bits == further.bits
-
-
 def test_a_resume_gives_the_same_bits_without_the_model(further, book, tmp_path):
     model = shutil.copytree(GOLDEN / "plain", tmp_path / "model")
     begun(book, tmp_path / "run", model, keep=10, stop_at=4)
@@ -96,7 +92,7 @@ def test_a_model_that_has_changed_meanwhile_is_refused(book, tmp_path):
     assert code == 2 and "is not the model that" in message
 
 
-def test_its_config_toml_does_the_run_once_more(further, tmp_path):
+def test_its_config_toml_does_the_run_once_more_with_the_same_bits_from_another_number_of_workers(further, tmp_path):
     plan = session.new_run(None, {"workers": 1}, run=tmp_path / "run", file=further.run / "config.toml")
     assert finished(Launch().obey(plan)).bits == further.bits
 

@@ -10,7 +10,7 @@ import pytest
 
 from cllm_spheres.kernels.trace import KINDS
 from cllm_spheres.model.dtypes import usable
-from cllm_spheres.training import folder, session
+from cllm_spheres.training import session
 from cllm_spheres.training.launch import Launch
 from tests.runs import TINY, finished
 
@@ -47,16 +47,10 @@ def test_a_profiled_step_tells_where_its_time_went(corpus, tmp_path, dtype):
     assert "| attention backward | 4 |" in text  # one layer, four spheres
 
 
-def test_without_it_nothing_is_traced(corpus, tmp_path):
-    plan = session.new_run(corpus, TINY | dict(steps=2), run=tmp_path / "run", file=None)
-    outcome = finished(Launch().obey(plan))
-    assert outcome.code == 0 and not list((tmp_path / "run").glob("profile*"))
-    assert folder.read_config(tmp_path / "run")[0].steps == 2
-
-
-def test_bits_are_the_same_with_and_without_a_trace(corpus, tmp_path):
+def test_bits_are_the_same_with_and_without_a_trace_which_is_made_only_where_it_is_asked_for(corpus, tmp_path):
     bits = []
     for profile in (False, True):
         plan = session.new_run(corpus, TINY | dict(steps=12), run=tmp_path / str(profile), file=None)
         bits.append(finished(Launch().obey(replace(plan, profile=profile))).bits)
+        assert any(plan.run.glob("profile*")) == profile
     assert bits[0] == bits[1]
