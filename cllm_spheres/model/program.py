@@ -91,6 +91,11 @@ class Program:
     def arena_floats(self) -> int:
         return self.arena_bytes // 4
 
+    @property
+    def backward_layers(self) -> int:
+        """How often the backward pass advances the count of layers: fewer where the lower ones are frozen."""
+        return sum(call.advance == BACKWARD for call in self.calls)
+
     def records(self) -> np.ndarray:
         """int64 [calls, RECORD_WORDS], as the runner takes them. The ops are compiled at their first use."""
         ops = importlib.import_module(self.rules.OPS)
@@ -279,11 +284,13 @@ class Builder:
                     self.rules.activate(self, producer)
 
     def _mark_blocks(self, advance: int, start: int) -> None:
-        """The last call of each block advances the count of layers."""
+        """The last call of each block advances the count of layers; the last of all where no block has any."""
         calls = self.calls[start:]
         for call, after in zip(calls, [*calls[1:], None], strict=True):
             if call.block is not None and (after is None or after.block != call.block):
                 call.advance = advance
+        if not any(call.advance for call in calls):
+            self.calls[-1].advance = advance
 
     def _program(self, kept: list[Value]) -> Program:
         """kept: values that are to stand in the arena at the end."""

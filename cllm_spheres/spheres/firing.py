@@ -34,10 +34,12 @@ def _take(x, phase, step, sphere):
 def arm(x, step, sphere):
     """Before a shard is computed: set what happens in the middle of its forward or backward. True: it gives NaN."""
     progress = integers(mine(x, M.W_PROGRESS), PROGRESS_WORDS)
+    # Where the lower layers are frozen the backward pass ends above them.
     middle = progress[0] + (x[C.LAYERS] + 1) // 2
+    middle_back = progress[0] + x[C.LAYERS] + (x[C.BACKWARD_LAYERS] + 1) // 2
     forward, backward = _take(x, F.FORWARD, step, sphere), _take(x, F.BACKWARD, step, sphere)
     progress[P.FORWARD], progress[P.FORWARD + 1] = middle, forward
-    progress[P.BACKWARD], progress[P.BACKWARD + 1] = middle + x[C.LAYERS], backward
+    progress[P.BACKWARD], progress[P.BACKWARD + 1] = middle_back, backward
     return forward == F.NAN or backward == F.NAN
 
 

@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from cllm_spheres.model.shape import Shape
 from cllm_spheres.spheres import memory as M
 from cllm_spheres.spheres import phases
 from cllm_spheres.spheres.context import Context
+from cllm_spheres.spheres.fault_table import FaultTable
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.spheres.memory import SharedMemory
 from cllm_spheres.spheres.worker import Worker
@@ -180,6 +182,22 @@ def test_the_rest_of_a_model_half_of_which_is_frozen_trains_as_if_only_those_gra
     norms = [float(s.memory.ring_doubles()[0, M.R_NORM]) for s in (full, half)]
     assert 0 < norms[1] < norms[0]
     assert half.memory.sizes.num_parameters < full.memory.sizes.num_parameters
+
+
+@pytest.mark.parametrize("trained", ["h.3.", "ln_f"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_fault_strikes_in_its_pass_however_many_lower_layers_are_frozen(tokens, phase, trained):
+    shape = replace(SMALL, layers=4)
+    frozen = [tensor.name for tensor in tensors_of(shape) if not tensor.name.startswith(trained)]
+    spheres = Spheres(tokens, shape, frozen=frozen, faults=[(phase, STEP, 2, "kill")])
+    FaultTable(spheres.memory, spheres.job.faults).lay_down()
+    child = os.fork()
+    if child == 0:
+        spheres.compute()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert list(spheres.memory.sphere_words()[:3, M.P_COMPLETE]) == [STEP, STEP, 0]
 
 
 @pytest.mark.parametrize(("workers", "num_spheres"), [(2, 7), (3, 7), (7, 7), (2, 2)])
