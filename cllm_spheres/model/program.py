@@ -254,7 +254,11 @@ class Builder:
 
     def _backward(self) -> None:
         self._forward, start = False, len(self.calls)
+        readers = {stream: step for step in self.steps for stream in step.inputs}
         for step in reversed(self.steps[:-1]):
+            if isinstance(step, Linear) and step.activation:  # whose slope comes with the gradient of what reads it
+                reader = readers[step.out]
+                assert isinstance(reader, Linear) and reader.x == step.out, f"{step.out.name} enters no linear layer"
             if not (self.trains(*step.tensors) or any(self.needs_gradient(s) for s in step.inputs)):
                 continue
             self._compute_again(step)

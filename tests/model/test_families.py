@@ -21,7 +21,7 @@ from cllm_spheres.model.dtypes import DTYPES, usable
 from cllm_spheres.model.families import FAMILIES, family_of
 from cllm_spheres.model.initialise import initial_tables
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.model.program import RECOMPUTE
+from cllm_spheres.model.program import RECOMPUTE, program
 from cllm_spheres.model.shape import Shape
 from cllm_spheres.model.workspace import Workspace
 from cllm_spheres.text.tokenizer import ByteTokenizer
@@ -112,6 +112,41 @@ def test_loss_and_gradients_are_those_of_the_twin(dtype, bias):
         scale = max(float(np.linalg.norm(view)), 1e-2 * largest) / math.sqrt(view.size)
         assert abs(float((view * direction).sum()) - wanted) < twins.GRADIENT_WITHIN[dtype] * scale, name
     assert twins.loss(layout.shape, exact, inputs, targets) == pytest.approx(expected, rel=1e-12)
+
+
+def of_order(order):
+    """The describe of a family whose block has its steps in an order that no dtype, or not every one, computes."""
+
+    def describe(s, d):
+        x = d.embed("tokens", "positions", s.width, site=0)
+        with d.block(0) as h:
+            normed = x if order == "linear of the residual" else d.norm(x, f"{h}first")
+            activation = "gelu" if order.startswith("activation") else ""
+            up = d.linear(normed, f"{h}up", s.width, label="feed-forward up", activation=activation)
+            up = d.norm(up, f"{h}second") if order.endswith("norm") else up
+            added = up if order == "activation as residual" else x
+            x = d.linear(normed if added is up else up, f"{h}down", s.width, residual=added, site=1, label="qkv")
+        d.head(x if order == "head of the residual" else d.norm(x, "last"), "head")
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("order", "dtypes"),
+    [
+        ("activation as residual", DTYPES),
+        ("activation into a norm", DTYPES),
+        ("product into a norm", ["bf16"]),
+        ("linear of the residual", ["bf16"]),
+        ("head of the residual", ["bf16"]),
+    ],
+)
+def test_an_order_that_would_be_computed_wrongly_is_refused(monkeypatch, order, dtypes):
+    monkeypatch.setitem(FAMILIES, "plain", replace(FAMILIES["plain"], describe=of_order(order)))
+    layout = Layout(replace(SHAPE, layers=1, ff_width=SHAPE.width))
+    for dtype in dtypes:
+        with pytest.raises(AssertionError):
+            program(layout, dtype, largest_shard=1)
 
 
 @pytest.mark.parametrize("dtype", USABLE)

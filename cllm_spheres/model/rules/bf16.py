@@ -65,9 +65,26 @@ def packing(layout: Layout) -> Packing:
     return Packing(end, units[0], units[1], np.array(table, np.int64), places, OPS)
 
 
+def _is_residual(step: Step) -> bool:
+    """Whether a step leaves the residual stream, float32; all others leave rows form."""
+    return isinstance(step, Embed) or (isinstance(step, Linear) and step.residual is not None)
+
+
 def _is_float32(step: Step) -> bool:
-    """Whether a step leaves float32, and what follows leaves its gradient so: where it is, or begins, a residual."""
-    return not isinstance(step, (Attention, Linear)) or (isinstance(step, Linear) and step.residual is not None)
+    """Whether the gradient of what a step leaves is float32."""
+    return isinstance(step, Norm) or _is_residual(step)
+
+
+def _residual(b: Builder, stream: Stream) -> Operand:
+    """The residual stream."""
+    assert _is_residual(b.producer[stream]), f"{stream.name} is not of the residual stream"
+    return b.of(stream)
+
+
+def _rows(b: Builder, stream: Stream) -> Operand:
+    """What stands in rows form."""
+    assert not _is_residual(b.producer[stream]), f"{stream.name} is of the residual stream, which a norm alone reads"
+    return b.of(stream)
 
 
 def _across(stream: Stream) -> int:
@@ -95,7 +112,8 @@ def _products(b: Builder, s: Linear) -> Operand:
 
 
 def begin(b: Builder, purpose: str) -> None:
-    """Targets with padding, for all but logits; and what the CPU prepares its products with."""
+    """Targets with padding, and what the CPU prepares its products with."""
+    assert purpose in ("train", "evaluate"), f"{purpose} are computed in float32"
     targets = b.new(TARGETS, 4 * b.rows)
     b.emit("begin", targets, b.scratch(64), sizes=[purpose == "evaluate"])
 
@@ -107,8 +125,8 @@ def end(b: Builder) -> None:
 def norm(b: Builder, s: Norm) -> None:
     out, mean, rstd = b.new(s.out, _form(b, s.out)), b.new(s.out, 4 * b.rows, "mean"), b.new(s.out, 4 * b.rows, "rstd")
     b.emit(
-        "norm_forward", b.of(s.x), b.weight(s.gain), b.weight(s.bias), out, mean, rstd, b.scratch(4 * _across(s.x)),
-        sizes=[s.x.width], writes=[out, mean, rstd],
+        "norm_forward", _residual(b, s.x), b.weight(s.gain), b.weight(s.bias), out, mean, rstd,
+        b.scratch(4 * _across(s.x)), sizes=[s.x.width], writes=[out, mean, rstd],
     )  # fmt: skip
 
 
@@ -116,8 +134,8 @@ def linear(b: Builder, s: Linear) -> None:
     before = b.new(s.out, _form(b, s.out), "before") if s.activation else NOTHING
     out = b.new(s.out, _floats(b, s.out) if _is_float32(s) else _form(b, s.out))
     b.emit(
-        "linear_forward", b.of(s.x), b.packed(s.weight, PAIRS), b.weight(s.bias),
-        b.of(s.residual) if s.residual else NOTHING, before, out, _products(b, s),
+        "linear_forward", _rows(b, s.x), b.packed(s.weight, PAIRS), b.weight(s.bias),
+        _residual(b, s.residual) if s.residual else NOTHING, before, out, _products(b, s),
         sizes=(_across(s.x), s.out.width, s.out.group, s.site), writes=[before, out],
     )  # fmt: skip
 
@@ -158,7 +176,7 @@ def linear_backward(b: Builder, s: Linear) -> None:
 def attention(b: Builder, s: Attention) -> None:
     out, lse = b.new(s.out, _form(b, s.out)), b.new(s.out, 4 * b.rows * s.heads, "lse")
     b.emit(
-        "attention_forward", b.of(s.qkv), out, lse, _attention_scratch(b, s), sizes=(s.out.group, s.heads, s.site),
+        "attention_forward", _rows(b, s.qkv), out, lse, _attention_scratch(b, s), sizes=(s.out.group, s.heads, s.site),
         writes=[out, lse],
     )  # fmt: skip
 
@@ -176,9 +194,8 @@ def _attention_scratch(b: Builder, s: Attention) -> Operand:
 
 
 def head(b: Builder, s: Head, purpose: str) -> None:
-    assert purpose != "logits", "logits are computed in float32"
     c, v, n = s.x.width, b.shape.vocab_size, b.rows
-    x, targets, scratch = b.of(s.x), b.of(TARGETS), b.scratch(4 * 32 * CHUNK)
+    x, targets, scratch = _rows(b, s.x), b.of(TARGETS), b.scratch(4 * 32 * CHUNK)
     if purpose == "evaluate":
         b.emit(
             "head_evaluate", x, b.packed(s.weight, FLIPPED), targets, b.temporary("statistics", 16 * n), scratch,
