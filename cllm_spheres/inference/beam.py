@@ -87,8 +87,9 @@ def beam_search(
                 break
             if length < tokens:
                 position = len(prompt) + length - 1
-                logits = decoder.run([Rows(text.slot, position, text.ids[-1:]) for text in texts])
-                logprobs_WV = np.stack([log_softmax(row) for row in logits])
+                rows, most = [Rows(text.slot, position, text.ids[-1:]) for text in texts], decoder.most_wanted
+                passes = (rows[first : first + most] for first in range(0, len(rows), most))
+                logprobs_WV = np.stack([log_softmax(row) for some in passes for row in decoder.run(some)])
         else:
             for text in texts:
                 finish(text.ids, text.logprob, False)

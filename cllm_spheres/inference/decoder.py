@@ -121,9 +121,10 @@ class Decoder:
     def run(self, pieces: Sequence[Rows]) -> np.ndarray:
         """Logits of all wanted rows, float32 [W, V], in the order of the pieces: a view, until the next call.
 
-        At most `most_rows` rows and `most_wanted` wanted ones; positions below the block size. Pieces of one slot
-        must follow each other.
+        At most `most_rows` rows and `most_wanted` wanted ones; positions below the block size; one piece of a slot,
+        as the members of a team compute pieces at the same time.
         """
+        assert len({piece.slot for piece in pieces}) == len(pieces), "two pieces of one slot"
         row = wanted = 0
         for number, piece in enumerate(pieces):
             count = len(piece.ids)
@@ -136,6 +137,7 @@ class Decoder:
             for i in range(piece.wanted):
                 self._wanted[wanted + i] = row - piece.wanted + i
             wanted += piece.wanted
+        assert row <= self.most_rows and wanted <= self.most_wanted, f"{row} rows, {wanted} of them wanted"
         self._num_rows.fill(row)
         self._num_pieces.fill(len(pieces))
         self._num_wanted.fill(wanted)

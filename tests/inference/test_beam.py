@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from cllm_spheres.errors import InputError
+from cllm_spheres.inference import rules
+from cllm_spheres.inference.beam import beam_search
 from cllm_spheres.inference.choice import log_softmax
 from tests.inference.conftest import random_model
 
@@ -54,6 +56,15 @@ def slow_beams(model, prompt, tokens, width, length_penalty):
         if len(done) >= width:
             return done
     return done + [(total / tokens**length_penalty, ids) for ids, total in texts]
+
+
+def test_a_beam_may_be_wider_than_the_logits_of_a_pass(model, monkeypatch):
+    """As where a vocabulary is large: 64 texts of 200,000 tokens have more logits than a pass gives."""
+    prompt, options = [0, 1], dict(tokens=6, width=7, length_penalty=1.0, best=7, dtype="fp32", threads=1)
+    expected = beam_search(model, prompt, **options)
+    monkeypatch.setattr(rules, "LOGITS_FLOATS", 3 * model.shape.vocab_size)
+    assert rules.most_wanted(model.shape) == 3
+    assert beam_search(model, prompt, **options) == expected
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
