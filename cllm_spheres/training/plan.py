@@ -187,7 +187,9 @@ def check_memory(job: Job, *, resume: bool) -> None:
         return
     segment = job.layout.size * 4
     fitting = job.spheres - math.ceil((needed - available) / segment)
-    if resume:
+    if memory_bytes(less := fit(job, "auto")) <= available:
+        hint = f"Try --recompute {less.recompute}: it fits, is slower, and changes no bits."
+    elif resume:
         hint = "Try fewer --workers, or end other programs."
     elif fitting >= 1:
         hint = f"{fitting} spheres would fit: try --spheres {fitting} --workers {min(job.workers, fitting)}."

@@ -127,6 +127,16 @@ def test_auto_computes_again_what_memory_asks_for(corpus, resolve, monkeypatch):
     assert plan.fit(job, "auto").recompute == "block"
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_where_computing_again_fits_that_is_advised(corpus, resolve, monkeypatch, resume):
+    job = plan.make_job(resolve(preset="medium"), Prepared.open(corpus))
+    needed = {mode: plan.memory_bytes(replace(job, recompute=mode)) for mode in RECOMPUTE}
+    for asked, memory, advised in (("none", "cheap", "cheap"), ("none", "block", "block"), ("cheap", "block", "block")):
+        monkeypatch.setattr(plan, "available_memory", lambda memory=memory: needed[memory])
+        with pytest.raises(InputError, match=rf"Try --recompute {advised}: it fits"):
+            plan.check_memory(plan.fit(job, asked), resume=resume)
+
+
 def test_where_no_number_of_spheres_fits_a_smaller_model_is_advised(resolve):
     with pytest.raises(InputError, match="No number of spheres would fit: try a smaller --preset"):
         resolve(memory=10**8, preset="large")
