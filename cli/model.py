@@ -42,6 +42,7 @@ def model(
     from cllm_spheres.model.dtypes import describe
     from cllm_spheres.model.families import family_of
     from cllm_spheres.model.summary import parts
+    from cllm_spheres.training.plan import AGAIN
     from cllm_spheres.units import compact, plural
 
     given = {"dtype": dtype, "recompute": recompute, "spheres": spheres, "workers": workers}
@@ -61,7 +62,8 @@ def model(
 
     print(
         f"{name}: a {family_of(shape).title} of {job.layout.num_parameters:,} parameters;"
-        f" {plural(program.sequences, 'sequence')} of {shape.block_size:,} tokens at a time, in {describe(job.dtype)}."
+        f" {plural(program.sequences, 'sequence')} of {shape.block_size:,} tokens at a time, in"
+        f" {describe(job.dtype)}{AGAIN[job.recompute]}."
     )
     show(_calls(parts(program)))
     forward, training = flops_per_token(shape, training=False), flops_per_token(shape)

@@ -18,7 +18,7 @@ from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.spheres.job import Job
 from cllm_spheres.training import start
-from cllm_spheres.training.plan import EVAL_BATCHES, check_shape, fit, memory_bytes, places, shape_of
+from cllm_spheres.training.plan import AGAIN, EVAL_BATCHES, check_shape, fit, memory_bytes, places, shape_of
 from cllm_spheres.units import size
 
 
@@ -51,7 +51,7 @@ def look_at_run(config: Config, job: Job) -> Answer:
         f"preset {config.preset}: {Layout(job.shape).num_parameters:,} parameters,"
         f" {job.spheres} sphere{'s' * (job.spheres > 1)} on"
         f" {job.workers} worker{'s' * (job.workers > 1)}, batch {job.batch_size} x {job.shape.block_size} tokens,"
-        f" {dtypes.describe(job.dtype)}"
+        f" {dtypes.describe(job.dtype)}{AGAIN[job.recompute]}"
     )
     notes = start.slow(job, config.dtype)
     return ("note", found, " ".join(notes)) if notes else ("ok", found)

@@ -28,6 +28,12 @@ EVAL_BATCHES = 32  # at most
 EVAL_SHARE = 0.05  # of the time of a run, about
 STEP_PER_FORWARD = 3  # a training step costs about three forward passes
 LONGEST_EVAL_INTERVAL = 250
+# What is said of a run that keeps less than it could.
+AGAIN = {
+    "none": "",
+    "cheap": ", norms and activations computed again to save memory",
+    "block": ", every block of layers computed again to save memory",
+}
 
 
 def resolve(config: Config, given: set[str], prepared: Prepared) -> Config:

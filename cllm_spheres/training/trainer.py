@@ -32,7 +32,7 @@ from cllm_spheres.training.folder import CONFIG_TOML, change_config
 from cllm_spheres.training.keeper import Keeper, Progress
 from cllm_spheres.training.metrics import Metrics, SphereSampler
 from cllm_spheres.training.nonfinite import explain_evaluation, explain_nonfinite, way_out
-from cllm_spheres.training.plan import fit, make_job
+from cllm_spheres.training.plan import AGAIN, fit, make_job
 from cllm_spheres.training.profile import WARM_UP_STEPS, intervals, marks_needed, write
 from cllm_spheres.training.schedule import learning_rate
 from cllm_spheres.training.signals import Launcher, Wishes
@@ -45,13 +45,6 @@ UPDATE_ENDS_WITHIN_S = 4.0  # after a signal: an update that takes longer hangs
 TELLS_EVERY_S = 1.0  # how far the work before the first step is
 SAVE_IS_NEAR = 4  # steps before it: taking 1.5 GB of pages took 5 s where others kept the machine busy
 TURNED_UP_EVALUATIONS = 2  # this many evaluations in a row above the best say that validation has turned up
-
-# What is said of a run that keeps less than it could.
-AGAIN = {
-    "none": "",
-    "cheap": ", norms and activations computed again to save memory",
-    "block": ", every block of layers computed again to save memory",
-}
 
 
 class Trainer:

@@ -37,6 +37,9 @@ def test_a_preset_is_shown_with_its_blocks_once(tmp_path):
     assert ["linear_forward", "qkv", "64 x 192", "12,480", "24,576", "768"] in [row[:6] for row in rows]
     assert len([row for row in rows if row[0] == "attention_forward"]) == 1
     assert not any(line != line.rstrip() or "\x1b" in line for line in lines)
+    assert not lines[0].endswith("computed again to save memory.")
+    (first, *_) = lines_of("tiny", "--recompute", "cheap", cwd=tmp_path)
+    assert first.endswith(", norms and activations computed again to save memory.")
 
 
 def test_the_memory_is_that_of_the_plan(tmp_path):

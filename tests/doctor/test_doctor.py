@@ -18,7 +18,7 @@ from cllm_spheres.errors import InputError
 from cllm_spheres.kernels import gather, optimizer
 from cllm_spheres.model import dtypes
 from cllm_spheres.model.layout import Layout
-from cllm_spheres.training import start
+from cllm_spheres.training import plan, start
 from tests.naive import naive_loss_and_gradients
 from tests.runs import command
 
@@ -98,6 +98,14 @@ def test_futex_words_that_do_not_wake_are_bad(monkeypatch):
 
 
 # ---- what a run needs
+
+
+def test_what_is_computed_again_for_want_of_memory_is_said(monkeypatch):
+    config, job = needs.plan({"preset": "tiny", "recompute": "none"})
+    assert "computed again" not in needs.look_at_run(config, job)[1]
+    monkeypatch.setattr(plan, "available_memory", lambda: 1_000_000)
+    config, job = needs.plan({"preset": "tiny"})
+    assert job.recompute == "block" and "every block of layers computed again" in needs.look_at_run(config, job)[1]
 
 
 def test_too_little_memory_is_bad(tiny, monkeypatch):
