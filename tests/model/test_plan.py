@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_spheres.model import dtypes
+from cllm_spheres.model.description import Linear, Norm
+from cllm_spheres.model.families import described, tensors_of
 from cllm_spheres.model.layout import Layout
 from cllm_spheres.model.plan import LINE, lifetimes, place
 from cllm_spheres.model.program import RECOMPUTE, program
@@ -76,6 +78,19 @@ def test_the_values_of_a_program_lie_apart_in_every_mode(shape, largest_shard, d
         used[0], used[-1] = used[0] + scratch, used[-1] + scratch  # what all calls share lives as long as all
         lengths = {value: value.size_bytes for value in found.places}
         assert_apart(lifetimes(used), lengths, found.places, found.arena_bytes)
+
+
+@pytest.mark.parametrize("dtype", dtypes.DTYPES)
+def test_what_the_gradients_of_matrices_alone_read_is_not_kept_for_frozen_ones(dtype):
+    shape = Shape(vocab_size=300, block_size=64, layers=8, heads=4, width=128, ff_width=512)
+    matrices = frozenset(tensor.name for tensor in tensors_of(shape) if len(tensor.shape) == 2)
+    full, some = (program(Layout(shape, frozen), dtype, largest_shard=8) for frozen in (frozenset(), matrices))
+    steps = [step for step in described(shape).steps if step.block is not None]
+    kept = [step.out for step in steps if isinstance(step, Norm) or (isinstance(step, Linear) and step.activation)]
+    read = {value for call in full.calls if not call.forward for value in call.values}
+    assert len(kept) == 3 * shape.layers and {full.streams[stream] for stream in kept} <= read
+    assert not any(some.streams[s] in call.values for call in some.calls if not call.forward for s in kept)
+    assert some.arena_bytes < full.arena_bytes
 
 
 @pytest.mark.parametrize("dtype", dtypes.DTYPES)

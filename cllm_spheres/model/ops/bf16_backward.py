@@ -89,13 +89,13 @@ def _weight_gradient(r, g, columns, pairs, scratch, spread, dw):
 
 @op
 def linear_backward(record, registers):
-    """dout, x in rows, w flipped, (before in rows) -> (dx), (dw), (db), (db before); scratch, and rooms.
+    """dout, (x in rows), w flipped, (before in rows) -> (dx), (dw), (db), (db before); scratch, and rooms.
 
     dout [N, O] of a sum with a residual, which has room for it in rows and, where it is dropped, for what is left;
-    else it is in rows. Where x is the GELU of `before`, dx becomes the gradient of that, in rows and in the place of
-    x, and db before the gradient of the bias which was added to it. For dw there is room for dout in pairs, x in
-    columns, and where heads are padded for dw as it comes. Sizes: I, I of a head, O, O of a head, site, whether dx
-    is float32.
+    else it is in rows. Where x is the GELU of `before`, dx becomes the gradient of that, in rows, whose place may be
+    that of x, and db before the gradient of the bias which was added to it. For dw there is room for dout in pairs,
+    x in columns, and where heads are padded for dw as it comes. Sizes: I, I of a head, O, O of a head, site, whether
+    dx is float32.
     """
     r, g = opened(record, registers)
     n, i, inner = g[R.ROWS], size(r, 0), padded_groups(size(r, 0), size(r, 1))

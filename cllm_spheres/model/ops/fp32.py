@@ -73,7 +73,7 @@ def activate(record, registers):
 
 @op
 def linear_backward(record, registers):
-    """dout [N, O], x [N, I], w [I, O], (before [N, I]) -> (dx [N, I]), (dw), (db); scratch, (room [N, O]).
+    """dout [N, O], (x [N, I]), w [I, O], (before [N, I]) -> (dx [N, I]), (dw), (db); scratch, (room [N, O]).
 
     Of a product with dropout (its site is not negative) room has the gradient behind it. Where x is the GELU of
     `before`, dx becomes the gradient of that. Sizes: I, O, site, what the time of the GELU is called.

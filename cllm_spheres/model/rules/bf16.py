@@ -151,14 +151,15 @@ def linear_backward(b: Builder, s: Linear) -> None:
     activated = isinstance(producer, Linear) and producer.activation != "" and b.needs_gradient(s.x)
     before = db_before = NOTHING
     if isinstance(producer, Linear) and activated:
-        # The product ends with the activation's slope, and in the activation's own place.
-        dx = b.take_over(s.x, b.of(s.x))
+        # The product ends with the activation's slope, and in the activation's own place where that is kept.
+        dx = b.take_over(s.x, b.of(s.x)) if wanted else b.new_gradient(s.x, _form(b, s.x))
         before, db_before = b.of(s.x, "before"), b.segment(producer.bias)
     else:
         dx = b.new_gradient(s.x, _floats(b, s.x) if _is_float32(producer) else _form(b, s.x))
     enters = _is_float32(s)
     b.emit(
-        "linear_backward", b.gradient(s.out), b.of(s.x), b.packed(s.weight, FLIPPED), before, dx, b.segment(s.weight),
+        "linear_backward", b.gradient(s.out), b.of(s.x) if wanted else NOTHING, b.packed(s.weight, FLIPPED), before, dx,
+        b.segment(s.weight),
         NOTHING if s.activation else b.segment(s.bias), db_before, _products(b, s),
         b.temporary("gradient in rows", _form(b, s.out)) if enters else NOTHING,
         b.temporary("gradient in pairs", _form(b, s.out)) if wanted else NOTHING,

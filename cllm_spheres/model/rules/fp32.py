@@ -107,10 +107,11 @@ def activate(b: Builder, s: Linear) -> None:
 
 def linear_backward(b: Builder, s: Linear) -> None:
     dout, producer = b.gradient(s.out), b.producer[s.x]
-    activated = isinstance(producer, Linear) and producer.activation != ""
+    activated = isinstance(producer, Linear) and producer.activation != "" and b.needs_gradient(s.x)
     drops = s.residual is not None and b.rate > 0
     b.emit(
-        "linear_backward", dout, b.of(s.x), b.weight(s.weight), b.of(s.x, "before") if activated else NOTHING,
+        "linear_backward", dout, b.of(s.x) if b.trains(s.weight) else NOTHING, b.weight(s.weight),
+        b.of(s.x, "before") if activated else NOTHING,
         b.new_gradient(s.x, _bytes(b, s.x)), b.segment(s.weight), b.segment(s.bias),
         _products(b, s.x.width, s.out.width), b.temporary("dropped", _bytes(b, s.out)) if drops else NOTHING,
         sizes=(s.x.width, s.out.width, s.site if s.residual else -1, KINDS.index("linear backward")),
