@@ -134,6 +134,31 @@ def test_all_jitted_code_lies_in_the_folders_that_the_cache_knows():
             assert any(inside.match(pattern) for pattern in COMPILED), f"{inside} is compiled"
 
 
+def foreign_names(source, is_compiled):
+    """Names of this package that jitted code of a module reads, and that come from modules which the cache ignores."""
+    tree = ast.parse(source)
+    foreign = {
+        alias.asname or alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cllm_spheres")
+        for alias in node.names
+        if not (is_compiled(f"{node.module}.{alias.name}") or is_compiled(node.module))
+    }
+    jitted = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    names = {n.id for function in jitted for part in function.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+    return {name: module for name, module in foreign.items() if name in names}
+
+
+def test_jitted_code_takes_in_no_constant_that_the_cache_does_not_know():
+    files = [path for pattern in COMPILED for path in PACKAGE.glob(pattern)]
+    known = {".".join(("cllm_spheres", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in files}
+    for path in files:
+        if path != PACKAGE / "crystal/jit.py":
+            assert foreign_names(path.read_text(), known.__contains__) == {}, path
+    rule = "from cllm_spheres.model.rules.bf16 import PADDING\n@op\ndef f(record, registers):\n    return PADDING\n"
+    assert foreign_names(rule, known.__contains__) == {"PADDING": "cllm_spheres.model.rules.bf16"}
+
+
 def test_a_second_entry_of_one_name_is_an_error_and_not_a_replacement():
     """Jitted code finds entries by their symbols."""
     signature = types.int64(types.int64)
