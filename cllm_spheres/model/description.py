@@ -6,7 +6,7 @@ training needs and the calls of kernels follow from the steps (program.py); noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,6 +151,21 @@ class Head(Step):
         return (self.weight,)
 
 
+def _wanted(step: Step) -> list[tuple[str, tuple[int, ...], bool]]:
+    """The tensors that a step reads: name, its last dimensions, and whether there may be none."""
+    match step:
+        case Embed():
+            return [(name, (step.out.width,), False) for name in step.tensors]
+        case Norm():
+            return [(step.gain, (step.x.width,), False), (step.bias, (step.x.width,), True)]
+        case Linear():
+            dims = step.x.width, step.out.width
+            return [(step.weight, dims, False), (step.bias, dims[1:], True)]
+        case Head():
+            return [(step.weight, (step.x.width,), False)]
+    return []
+
+
 @dataclass
 class Description:
     """The forward pass of a model, written down step by step by its family.
@@ -209,6 +224,25 @@ class Description:
 
     def head(self, x: Stream, weight: str) -> None:
         self._add(Head(x=x, weight=weight, label="head"))
+
+    def check(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError where the steps do not fit the tensors (name -> dimensions), and kernels would read elsewhere."""
+        used, sites = set(), []
+        for step in self.steps:
+            for name, dims, may_lack in _wanted(step):
+                if name not in tensors and not may_lack:
+                    raise ValueError(f"{step.label} reads {name}, and there is no such tensor")
+                if name in tensors and tensors[name][-len(dims) :] != dims:
+                    raise ValueError(f"{step.label} reads {name} as {dims}, and it is {tensors[name]}")
+                used.add(name)
+            if isinstance(step, (Embed, Attention)) or (isinstance(step, Linear) and step.residual):
+                sites.append(step.site)
+        if len(sites) != len(set(sites)):
+            raise ValueError(f"a site of dropout is used twice: {sorted(sites)}")
+        if not self.steps or not isinstance(self.steps[-1], Head):
+            raise ValueError("the last step must be the head")
+        if unused := sorted(tensors.keys() - used):
+            raise ValueError(f"no step reads {', '.join(unused[:5])}")
 
     def _stream(self, name: str, width: int, group: int = 0) -> Stream:
         return Stream(f"{name} {len(self.steps)}", width, group or width)

@@ -17,6 +17,7 @@ from cllm_spheres.doctor import twins
 from cllm_spheres.exchange.export import export
 from cllm_spheres.exchange.importing import import_model
 from cllm_spheres.exchange.source import open_source
+from cllm_spheres.model.description import Description
 from cllm_spheres.model.dtypes import DTYPES, usable
 from cllm_spheres.model.families import FAMILIES, family_of
 from cllm_spheres.model.initialise import initial_tables
@@ -142,8 +143,11 @@ def of_order(order):
     ],
 )
 def test_an_order_that_would_be_computed_wrongly_is_refused(monkeypatch, order, dtypes):
-    monkeypatch.setitem(FAMILIES, "plain", replace(FAMILIES["plain"], describe=of_order(order)))
-    layout = Layout(replace(SHAPE, layers=1, ff_width=SHAPE.width))
+    plain, shape, description = FAMILIES["plain"], replace(SHAPE, layers=1, ff_width=SHAPE.width), Description()
+    of_order(order)(shape, description)
+    used = [tensor for tensor in plain.tensors(shape) if any(tensor.name in step.tensors for step in description.steps)]
+    monkeypatch.setitem(FAMILIES, "plain", replace(plain, describe=of_order(order), tensors=lambda _: used))
+    layout = Layout(shape)
     for dtype in dtypes:
         with pytest.raises(AssertionError):
             program(layout, dtype, largest_shard=1)
@@ -235,3 +239,24 @@ def test_it_writes_the_text_of_its_logits(run):
     for _ in range(5):
         ids.append(int(naive_logits(SHAPE, exact, np.array([ids]))[0, -1].argmax()))
     assert written.generate("Spheres", tokens=5, temperature=0) == written.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.norm(d.steps[0].out, "nothing"), "layer norm reads nothing.weight, and there is no such tensor"),
+        (lambda d: d.linear(d.steps[1].out, "h.0.up", 48, label="qkv"), r"as \(32, 48\), and it is \(32, 40\)"),
+        (lambda d: d.steps.append(replace(d.steps[0])), "a site of dropout is used twice"),
+        (lambda d: d.steps.pop(), "the last step must be the head"),
+        (lambda d: d.steps.__delitem__(1), "no step reads h.0.first.weight"),
+    ],
+)
+def test_steps_that_do_not_fit_the_tensors_are_refused(monkeypatch, change, message):
+    def describe(shape, description):
+        plain.describe(shape, description)
+        change(description)
+
+    plain = FAMILIES["plain"]
+    monkeypatch.setitem(FAMILIES, "plain", replace(plain, describe=describe))
+    with pytest.raises(ValueError, match=message):
+        program(Layout(SHAPE), "fp32", largest_shard=1)

@@ -41,7 +41,8 @@ def tensors_of(shape: Shape) -> list[Tensor]:
 
 
 def described(shape: Shape) -> Description:
-    """The forward pass of a model."""
+    """The forward pass of a model. ValueError where it does not fit the model's tensors."""
     description = Description()
     family_of(shape).describe(shape, description)
+    description.check({tensor.name: tensor.shape for tensor in tensors_of(shape)})
     return description
