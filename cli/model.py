@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _SPHERES = (1, 4, 12, 63)  # of the table of memory, besides the run's own
 _WIDE = 1000  # columns where there is no terminal: rows are never wrapped there
+_ALL_COLUMNS = 132  # of a terminal that shows the whole table; others show half of it
 
 
 def model(
@@ -65,10 +67,12 @@ def model(
         f" {plural(program.sequences, 'sequence')} of {shape.block_size:,} tokens at a time, in"
         f" {describe(job.dtype)}{AGAIN[job.recompute]}."
     )
-    show(_calls(parts(program)))
+    columns = console.width if console.is_terminal else _WIDE
+    show(_calls(parts(program), range(7) if columns >= _ALL_COLUMNS else (0, 2, 3, 4)))
     forward, training = flops_per_token(shape, training=False), flops_per_token(shape)
+    counted = "" if job.recompute == "none" else ", without what is computed again"
     print(
-        f"\n{compact(forward)} FLOP a token forward, {compact(training)} in training;"
+        f"\n{compact(forward)} FLOP a token forward, {compact(training)} in training{counted};"
         f" {plural(len(program.calls), 'call')} in an arena of {program.arena_bytes / 1e6:,.2f} MB.\n"
     )
     show(_memory(job))
@@ -101,14 +105,14 @@ def _job(name: str, given: dict[str, Any]) -> Job:
     return replace(job_of(build(merge(given)[0].model_dump() | sizes), set(given)), shape=shape)
 
 
-def _calls(found: list[Part]) -> Table:
+def _calls(found: list[Part], columns: Sequence[int]) -> Table:
+    """Some columns of: op, its name in a profile, sizes, parameters, FLOP, bytes, place in the arena."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("call", "time", "sizes"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parameters", "FLOP/token", "bytes/token", "in the arena, kB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("call", "in a profile", "sizes", "parameters", "FLOP/token", "bytes/token", "in the arena, kB")
+    for number in columns:
+        table.add_column(names[number], justify="right" if number > 2 else "left", no_wrap=True)
     for part in found:
         title = "forward" if part.forward else "backward"
         if part.blocks[0] is not None:
@@ -116,7 +120,8 @@ def _calls(found: list[Part]) -> Table:
             title += f" ({len(part.blocks)} x)" if len(part.blocks) > 1 else ""
         table.add_row(title, style="bold")
         for row in part.rows:
-            table.add_row(*_cells(row))
+            cells = _cells(row)
+            table.add_row(*(cells[number] for number in columns))
     return table
 
 
