@@ -50,6 +50,7 @@ def model(
     given = {"dtype": dtype, "recompute": recompute, "spheres": spheres, "workers": workers}
     job = _job(name, {key: value for key, value in given.items() if value is not None})
     program, shape = job.programs["train"], job.shape
+    arithmetic = describe(dtype if dtype == "bf16" else job.dtype)  # that it is not to be had here is said, too
     console = Console()
 
     def show(table: Table) -> None:
@@ -65,7 +66,7 @@ def model(
     print(
         f"{name}: a {family_of(shape).title} of {job.layout.num_parameters:,} parameters;"
         f" {plural(program.sequences, 'sequence')} of {shape.block_size:,} tokens at a time, in"
-        f" {describe(job.dtype)}{AGAIN[job.recompute]}."
+        f" {arithmetic}{AGAIN[job.recompute]}."
     )
     columns = console.width if console.is_terminal else _WIDE
     show(_calls(parts(program), range(7) if columns >= _ALL_COLUMNS else (0, 2, 3, 4)))
