@@ -71,8 +71,12 @@ def test_checkpoints_that_cannot_be_written_are_told_and_tried_again_and_trainin
     wait_until(lambda: events(run, "saved"), "a checkpoint")
     mount(run / "checkpoints", "ro")
     try:
-        said = wait_until(lambda: events(run, "unsaved"), "the word that it cannot be saved")[0]["message"]
-        assert "Read-only file system" in said and "Tried again in 10 s." in said
+        # What was just being saved has lost its folder, and is told first.
+        said = wait_until(
+            lambda: [event for event in events(run, "unsaved") if "Read-only file system" in event["message"]],
+            "the word that it cannot be saved",
+        )[0]
+        assert "Tried again in 10 s." in said["message"]
         step = events(run, "unsaved")[-1]["step"]
         wait_for_step(run, step + 600)
     finally:
