@@ -104,7 +104,7 @@ def test_a_failure_at_any_operation_harms_nothing_older(
     before, save, operations, assert_same, leftovers, tmp_path, number, lasts, exchanges
 ):
     last_save = max(place for place, (name, *paths) in enumerate(operations) if paths[-1].name == "step-00000003")
-    for place in range(number % 5, len(operations), amount(5, 1)):
+    for place in range(number % 5, len(operations), amount(9, 1)):
         run = copy_of(before, tmp_path / f"{number}-{place}")
         store = Store(run, cannot_exchange(Failing(place, number, lasts), exchanges))
         try:
@@ -159,7 +159,7 @@ def test_a_kill_at_any_operation_leaves_a_good_checkpoint(
     before, save, operations, assert_same, leftovers, tmp_path, midway, exchanges
 ):
     places = [p for p, (name, *_) in enumerate(operations) if not midway or name == "write"]
-    for place in places[:: 1 if midway else amount(3, 1)]:
+    for place in places[:: amount(2, 1) if midway else amount(5, 1)]:
         run = copy_of(before, tmp_path / str(place))
         killed(work, Store(run, cannot_exchange(Killing(place, midway), exchanges)), save)
         if not exchanges:

@@ -57,7 +57,7 @@ def assert_is_of_its_step(checkpoint, num_floats):
 
 
 @pytest.mark.parametrize(
-    "num_floats, kills", [(SMALL, amount(60, 600)), (LARGE, amount(25, 400))], ids=["100kB", "5MB"]
+    "num_floats, kills", [(SMALL, amount(40, 600)), (LARGE, amount(16, 400))], ids=["100kB", "5MB"]
 )
 def test_a_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path, num_floats, kills, capsys):
     run = tmp_path / "run"

@@ -19,7 +19,7 @@ from tests.faults.amounts import amount
 from tests.runs import Outcome, finished, lives, shared_files, start, train_whole, wait_until
 
 OPTIONS = dict(spheres=7, batch_size=7, steps=6000, eval_every=500, save_every=200, eval_tokens=200)
-KILLS, WORKERS = amount(6, 100), (1, 2, 7)
+KILLS, WORKERS = amount(4, 100), (1, 2, 7)
 
 
 def family(node_zero: int) -> list[psutil.Process]:
