@@ -189,8 +189,7 @@ def test_what_was_trained_in_bfloat16_is_loaded_and_computed_in_float32(half):
 
 # Measured over six seeds, each in both dtypes: the mean loss of the last 30 of 150 steps, 3.8 after 4.2 at first, has a
 # standard deviation of 0.030 from seed to seed; the two dtypes of one seed differ by 0.0014 to 0.026, up as often as
-# down, with a deviation of 0.013. The mean over two or three seeds must lie within one deviation of a seed: three or four of
-# its own.
+# down, with a deviation of 0.013. The mean over two or three seeds must lie within one deviation of a seed.
 SEEDS, MARGIN = amount((0, 1), (0, 1, 2)), 0.03
 
 
