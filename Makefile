@@ -38,7 +38,7 @@ test-backends: .venv/installed-dev
 # The measures of docs/operations.md in full: about 50 minutes on two cores. `make test` has a short form of each.
 faults: .venv/installed-dev
 	CLLM_FAULTS=whole $(BIN)/python -m pytest -s --timeout 7200 tests/faults tests/checkpoint tests/training/test_start.py \
-		tests/training/test_score.py tests/spheres/test_exactness.py
+		tests/training/test_score.py tests/training/test_signals.py tests/spheres/test_exactness.py tests/test_dtypes.py
 	$(BIN)/cllm-spheres bench faults --kills 200
 	$(BIN)/cllm-spheres bench faults --minutes 30 --workers 7 --preset tiny
 

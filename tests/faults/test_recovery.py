@@ -428,8 +428,13 @@ def check_faults(one, faults):
 
 
 # The one that hangs comes first, and a slow one has a run of its own: after a long step more counts as slow.
-@pytest.mark.parametrize("actions", [("stop", "kill", "segv"), ("slow",)], ids="-".join)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "actions"),
+    [
+        *((phase, ("stop", "kill", "segv")) for phase in PHASES),
+        *((phase, ("slow",)) for phase in amount(("forward", "update"), PHASES)),
+    ],
+)
 def test_each_fault_fires_once_where_it_should_and_changes_no_bit(run, undisturbed, monkeypatch, phase, actions):
     monkeypatch.setattr(silence, "LEAST_S", 0.5)
     faults = [(phase, 20 * number, 5, action) for number, action in enumerate(actions, 1)]

@@ -16,6 +16,7 @@ from cllm_spheres.training import session
 from cllm_spheres.training import trainer as trainer_module
 from cllm_spheres.training.launch import Launch
 from cllm_spheres.training.trainer import Trainer
+from tests.faults.amounts import amount
 from tests.runs import (
     TINY,
     WAIT_S,
@@ -42,17 +43,18 @@ def undisturbed(corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_the_group", [False, True])
+@pytest.mark.parametrize("to_the_group", amount([(True, False, True)], [(True, True, True), (False, False, False)]))
 def test_a_run_stopped_by_every_signal_saves_says_how_to_go_on_and_ends_in_the_same_bits(
     undisturbed, corpus, tmp_path, to_the_group
 ):
     run = tmp_path / "run"
     arguments = [corpus, *words(TINY | LONG)]
-    for number, after, code in ((signal.SIGINT, 10, 130), (signal.SIGTERM, 60, 143), (signal.SIGHUP, 110, 129)):
+    signals = (signal.SIGINT, 10, 130), (signal.SIGTERM, 60, 143), (signal.SIGHUP, 110, 129)
+    for (number, after, code), group in zip(signals, to_the_group, strict=True):
         command = begin("train", *arguments, "--run", run, "--plain")
         family = Family.of(command.pid, 2)
         wait_for_step(run, after)
-        if to_the_group:
+        if group:
             os.killpg(command.pid, number)
         else:
             command.send_signal(number)
